@@ -51,9 +51,7 @@ def num_examples(batch: Any) -> int:
     if is_list(batch) and not batch:
         return 0
     is_pair = is_list(batch) and len(batch) == 2
-    decisive = batch
-    if is_pair:
-        decisive = batch[1]
+    decisive = batch[1] if is_pair else batch
     if isinstance(decisive, Tensor) and decisive.ndim > 0:
         return int(decisive.shape[0])
     counts = row_counts(batch)
@@ -77,15 +75,13 @@ def num_examples(batch: Any) -> int:
     )
 
 
-def move(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
+def to_device(batch: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
     """Return the same structure with tensors, and other objects with a method `to`, on `device`."""
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=non_blocking)
-        if callable(getattr(leaf, "to", None)):
-            return leaf.to(device)
-        return leaf
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
     return mapped(moved, batch)
 
@@ -94,9 +90,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """Return the same structure with `function` applied to every tensor."""
 
     def applied(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        return leaf
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
 
     return mapped(applied, batch)
 
@@ -143,8 +137,7 @@ def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> An
         name: name of the part in errors; the parts of a pair are "inputs" and "targets".
 
     Raises:
-        HessianFlowError: an entry has another length than `total`, or a list can be read in two
-            ways.
+        HessianFlowError: an entry has another length, or a list can be read in two ways.
     """
     if isinstance(part, Tensor) and part.ndim > 0 and part.shape[0] == total:
         return part[rows]
@@ -176,11 +169,7 @@ def _cut(part: Tensor | np.ndarray[Any, Any], rows: slice | Tensor) -> Any:
 
 
 def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> bool:
-    """Return whether each example has a row of its own; False if the whole belongs to all.
-
-    Raises:
-        HessianFlowError: the number of rows fits neither.
-    """
+    """Return whether each example has a row, False if the whole belongs to all, or refuse it."""
     kind = reading(part, total)
     if kind == "unknown":
         raise HessianFlowError(
@@ -192,11 +181,7 @@ def _has_rows(part: Tensor | np.ndarray[Any, Any], total: int, name: str) -> boo
 
 
 def _is_one_an_example(part: Sequence[Any], total: int, name: str) -> bool:
-    """Return whether each entry of a list belongs to one example, and not to all of them.
-
-    Raises:
-        HessianFlowError: both are possible.
-    """
+    """Return whether each entry of a list belongs to one example, not to all, or refuse it."""
     if len(part) != total:
         return False
     readings = {reading(entry, total) for entry in part}
@@ -242,8 +227,7 @@ def as_batches(data: Any) -> Iterable[Any]:
     are put to the first of their batches, so that the rest of an epoch does not pass for the whole.
 
     Raises:
-        HessianFlowError: the data are a tensor, tensors that are no pair, or a data set whose items
-            are single examples.
+        HessianFlowError: the data are a tensor, tensors that are no pair, or single examples.
     """
     if isinstance(data, Mapping):
         return [data]
@@ -286,8 +270,7 @@ def training_pair(batch: Any) -> Batch:
     """Return (inputs, targets) that agree on the number of examples, by which progress is counted.
 
     Raises:
-        HessianFlowError: the batch is not a pair, its targets are a list of mappings, or the
-            numbers of rows differ.
+        HessianFlowError: the batch is no pair, its targets are a list of mappings, or rows differ.
     """
     inputs, targets = as_pair(batch)
     if is_list(targets) and targets and are_alike(targets):
@@ -314,20 +297,15 @@ def _listed(counts: set[int]) -> str:
 
 
 _OF_TYPES = ("same dtype", "target dtype", "Found dtype", "scalar type", "Input type (")
-"""Phrases of torch's errors about two types, from products, classes, losses, embeddings and
-convolutions."""
+"""Phrases of torch's errors over two types: products, classes, losses, embeddings, convolutions."""
 
 
 @contextmanager
 def explaining_types(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Name the types of a forward pass, and what to convert, if it fails because of a type.
-
-    Args:
-        model: the model that runs.
-        batch: the pair or mapping that it is run on.
+    """Name the types of a forward pass of `model` on `batch`, if it fails because of a type.
 
     Raises:
-        HessianFlowError: torch raised an error about two types.
+        HessianFlowError: torch raised an error about two types; the message says what to convert.
     """
     try:
         yield

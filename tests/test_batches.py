@@ -18,10 +18,10 @@ from hessianflow.batches import (
     as_batches,
     as_pair,
     map_tensors,
-    move,
     num_examples,
     split,
     take_rows,
+    to_device,
     training_pair,
 )
 from hessianflow.interfaces import HessianFlowError
@@ -192,7 +192,7 @@ def test_mappings_are_cut_and_moved_like_a_dict_and_keep_their_type(make):
     mapping = make({"x": ROWS, "y": CLASSES})
     pieces = list(split(mapping, 16))
     assert [piece["x"].shape for piece in pieces] == [(16, 1), (16, 1)]
-    assert all(type(piece) is type(mapping) for piece in [*pieces, move(mapping, "cpu")])
+    assert all(type(piece) is type(mapping) for piece in [*pieces, to_device(mapping, "cpu")])
     assert torch.equal(torch.cat([piece["y"] for piece in pieces]), CLASSES)
     assert mapping["x"] is ROWS
     doubled = map_tensors(lambda t: 2 * t, mapping)
@@ -384,7 +384,9 @@ def test_objects_that_can_move_are_moved():
             made.device = device
             return made
 
-    moved = move({"h": Holder(), "name": "a", "packed": pack_sequence([torch.zeros(2)])}, "meta")
+    moved = to_device(
+        {"h": Holder(), "name": "a", "packed": pack_sequence([torch.zeros(2)])}, "meta"
+    )
     assert moved["h"].device == "meta"
     assert moved["name"] == "a"
     assert moved["packed"].data.device.type == "meta"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.adversarial.budget import check_one_tensor
-from hessianflow.batches import as_batches, as_pair, move
+from hessianflow.batches import as_batches, as_pair, to_device
 from hessianflow.checks import is_number
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
@@ -88,7 +88,7 @@ def robust_accuracy(
     correct = torch.zeros(len(names), dtype=torch.int64, device=device)
     total = 0
     for batch in as_batches(data):
-        x, y = as_pair(move(batch, device))
+        x, y = as_pair(to_device(batch, device))
         check_one_tensor(y, "targets", "of class numbers")
         hits = torch.stack([_hits(model, attack(model, x, y), y) for attack in named.values()])
         if len(attacks) > 1:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessianflow.batches import map_tensors, move, num_examples, split
+from hessianflow.batches import map_tensors, num_examples, split, to_device
 from hessianflow.curvature.cut_check import check_cut
 from hessianflow.curvature.selection import batches_of, checked_batches, single_batch
 from hessianflow.curvature.vectors import usable_in_graph
@@ -79,5 +79,5 @@ class ForwardedData:
         return self._microbatch_size is None or num_examples(batch) <= self._microbatch_size
 
     def _local(self, batch: Any) -> Any:
-        moved = move(batch, self._device, non_blocking=True)
+        moved = to_device(batch, self._device, non_blocking=True)
         return map_tensors(usable_in_graph, moved)

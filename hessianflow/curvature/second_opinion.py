@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import move, num_examples
+from hessianflow.batches import num_examples, to_device
 from hessianflow.curvature.density import SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
@@ -176,7 +176,7 @@ def _peer(
     ):
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
         torch.manual_seed(seed)
-        pair = (move(batch[0], device), move(batch[1], device))
+        pair = (to_device(batch[0], device), to_device(batch[1], device))
 
         def criterion(outputs: Any, targets: Any) -> Tensor:
             return mean_loss(loss_fn, outputs, targets)

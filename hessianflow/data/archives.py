@@ -1,68 +1,45 @@
 """Read and unpack archives that are not trusted.
 
-Only plain files and folders are written, only below the target folder, and never more bytes than
+Only plain files and folders are written, below the target folder, and never more bytes than
 allowed. Links, devices, absolute names, names with ".." and impossible names are refused before
-anything is written. Tar archives may be packed with gzip; members of zip archives may be stored or
-deflated.
+anything is written. Tar archives may be packed with gzip; zip members may be stored or deflated.
 """
 
+import gzip
 import io
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from hessianflow.data.files import open_plain
-from hessianflow.data.inflate import Inflated, Source
+from hessianflow.data.files import Source, open_plain
 from hessianflow.data.sources import one_line
-from hessianflow.data.tar import TarReader
+from hessianflow.data.tar import Kind, Member, TarReader
 from hessianflow.interfaces import HessianFlowError
 
 MAX_UNPACKED_BYTES = 4 << 30
-"""Largest total that an archive may unpack to by default. This default is our choice: the largest
-data set needs 0.6 GB."""
+"""Largest total that an archive may unpack to: our choice, for the largest data set has 0.6 GB."""
 MAX_NAME_BYTES = 255  # what file systems take
 MAX_DEPTH = 64
 """Most folders inside each other. This default is our choice."""
 MAX_MEMBERS = 1 << 18
-"""Most members of a zip archive. This default is our choice: twice as many as the largest data set
-has."""
+"""Most members of a zip archive: our choice, twice as many as the largest data set has."""
 
 DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, ValueError, LookupError, OverflowError, MemoryError),
 )
-"""Errors that these readers and the standard library raise on archives that are broken, encrypted
-or packed by an unknown method."""
+"""Errors over archives that are broken, encrypted or packed by an unknown method."""
 
 _PIECE = 1 << 20
 _OVERHEAD = 16 << 20  # headers and padding of a tar archive, beside the contents
 _LARGEST_READ = 32 << 20  # the table of contents of the largest data set has 14 MB
 _END = 1 << 17  # `zipfile` reads to the end to find the last record, which is in the last 64 KB
 _FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One member of an archive.
-
-    Attributes:
-        name: Name as the archive stores it.
-        size: Size in bytes, as the archive states it.
-        kind: "file", "folder", or "other" (a link or a device).
-        blocks: Function that yields the content in pieces, no more than `size` bytes in all. It
-            works while the archive is at this member.
-    """
-
-    name: str
-    size: int
-    kind: str
-    blocks: Callable[[], Iterator[bytes]]
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
@@ -74,8 +51,7 @@ def unpack(archive: Path, target: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) 
         max_bytes: Largest number of bytes of all members together.
 
     Raises:
-        HessianFlowError: a damaged archive, an unsafe member, more than `max_bytes` in all, or a
-            target in use.
+        HessianFlowError: A damaged or unsafe archive, more than `max_bytes`, a target in use.
     """
     if target.exists() and any(target.iterdir()):
         raise HessianFlowError(f"{target}: not empty; unpack {archive} into a new folder")
@@ -101,8 +77,7 @@ def read_members(
         max_total: Largest size of the whole archive, unpacked.
 
     Raises:
-        HessianFlowError: a damaged archive, a member that is no plain file, or more bytes than
-            allowed.
+        HessianFlowError: A damaged archive, a member that is no plain file, or too many bytes.
     """
     contents: dict[str, bytes] = {}
     with _damage_named(archive), _opened(archive, max_total) as members:
@@ -123,11 +98,10 @@ def read_members(
 
 @contextmanager
 def open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive, and refuse one whose table of contents is unreasonably large.
+    """Open a zip archive.
 
     Raises:
-        zipfile.BadZipFile: The file is no zip archive, or has too large a table or too many
-            members.
+        zipfile.BadZipFile: It is none, or has too large a table of contents or too many members.
     """
     with open_plain(archive) as file, zipfile.ZipFile(_Guarded(file)) as opened:
         if len(opened.infolist()) > MAX_MEMBERS:
@@ -195,14 +169,13 @@ def _opened(archive: Path, max_bytes: int) -> Iterator[Iterator[Member]]:
                 )
         stream: Source = file
         if start.startswith(b"\x1f\x8b"):
-            stream = Inflated(file, "gzip")
-        reader = TarReader(stream, max_bytes + _OVERHEAD)
-        yield (Member(member.name, member.size, member.kind, reader.blocks) for member in reader)
+            stream = gzip.GzipFile(fileobj=file)
+        yield iter(TarReader(stream, max_bytes + _OVERHEAD))
 
 
 def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     file_type = info.external_attr >> 28  # of the Unix mode; 0 where another system packed it
-    kind = "file" if file_type in (0, 0o10) else "other"
+    kind: Kind = "file" if file_type in (0, 0o10) else "other"
     if info.filename.endswith("/"):
         kind = "folder"
     return Member(info.filename, info.file_size, kind, lambda: zip_blocks(opened, info))
@@ -246,23 +219,21 @@ def _check_members(archive: Path, members: Iterator[Member], max_bytes: int) -> 
 def _check_member(archive: Path, member: Member) -> None:
     name = member.name
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise HessianFlowError(
-            f"{archive}: refused, the member {name!r} would land outside the target folder"
-        )
-    if member.kind == "other":
-        raise HessianFlowError(
-            f"{archive}: refused, the member {name!r} is a link or a device, not a plain file"
-        )
-    if member.kind == "file" and not path.parts:
-        raise HessianFlowError(f"{archive}: refused, the member {name!r} is a file without a name")
+    shown = repr(name)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
+    fault = ""
+    if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+        fault = "would land outside the target folder"
+    elif member.kind == "other":
+        fault = "is a link or a device, not a plain file"
+    elif member.kind == "file" and not path.parts:
+        fault = "is a file without a name"
+    elif longest > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
         shown = f"{name[:40]!r}..." if len(name) > 40 else repr(name)
-        raise HessianFlowError(
-            f"{archive}: refused, the member {shown} has a name of {longest} bytes and"
-            f" {len(path.parts)} levels, at most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
-        )
+        size = f"{longest} bytes and {len(path.parts)} levels"
+        fault = f"has a name of {size}, at most {MAX_NAME_BYTES} and {MAX_DEPTH} are allowed"
+    if fault:
+        raise HessianFlowError(f"{archive}: refused, the member {shown} {fault}")
 
 
 def _write(archive: Path, member: Member, path: Path) -> None:

@@ -31,9 +31,9 @@ class Draws:
         centres: Row and column of the centre of the cutout, int64 [n, 2].
     """
 
-    offsets: Tensor | None
-    flips: Tensor | None
-    centres: Tensor | None
+    offsets: Tensor | None = None
+    flips: Tensor | None = None
+    centres: Tensor | None = None
 
     def to(self, device: torch.device) -> "Draws":
         """Return the same draws on `device`."""
@@ -46,13 +46,12 @@ class Draws:
     def inverse(self, padding: int) -> "Draws":
         """Return draws without cutout whose crop and flip undo those of these draws."""
         if self.offsets is None:
-            return Draws(None, self.flips, None)
+            return Draws(flips=self.flips)
         back = 2 * padding - self.offsets
         if self.flips is not None:  # the mirror comes after the crop, so its own offset undoes it
-            back = torch.stack(
-                [back[:, 0], torch.where(self.flips, self.offsets[:, 1], back[:, 1])], dim=1
-            )
-        return Draws(back, self.flips, None)
+            columns = torch.where(self.flips, self.offsets[:, 1], back[:, 1])
+            back = torch.stack([back[:, 0], columns], dim=1)
+        return Draws(back, self.flips)
 
     def _present(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -74,10 +73,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
-            if getattr(self, name) < 0:
-                raise HessianFlowError(
-                    f"{name} must be at least 0 pixels, got {getattr(self, name)}"
-                )
+            side = getattr(self, name)
+            if side < 0:
+                raise HessianFlowError(f"{name} must be at least 0 pixels, got {side}")
 
     @property
     def is_active(self) -> bool:
@@ -112,10 +110,8 @@ class Augmentation:
             padding = self.crop_padding
             rows = pad(rows, (padding * step, padding * step, padding, padding))
             rows = _take_rows(rows, draws.offsets[:, 0], height)
-        sources = (columns[:, :, None] * step + torch.arange(step, device=rows.device)).view(
-            n, 1, 1, length
-        )
-        return rows.gather(3, sources.expand(n, planes, height, length))
+        sources = columns[:, :, None] * step + torch.arange(step, device=rows.device)
+        return rows.gather(3, sources.view(n, 1, 1, length).expand(n, planes, height, length))
 
     def cut_out(self, rows: Tensor, draws: Draws, step: int = 1) -> Tensor:
         """Zero the drawn squares in place; the layout is that of :meth:`crop_and_flip`."""

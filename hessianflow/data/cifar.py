@@ -2,8 +2,7 @@
 
 The binary version consists of records of one or two label bytes and 3072 pixel bytes (planes R, G,
 B of 32 x 32, row by row); sizes and labels are checked. The Python version is a pickle: it is read
-only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`, which makes
-nothing but numbers, strings and uint8 arrays.
+only if its MD5 is the official one, and then by :mod:`hessianflow.data.unpickle`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,13 @@ from torch import Tensor
 
 from hessianflow.data.archives import read_members
 from hessianflow.data.files import open_plain
-from hessianflow.data.sources import damaged, remedy
+from hessianflow.data.sources import damaged, find_archive, remedy
 from hessianflow.data.unpickle import load_arrays
 from hessianflow.interfaces import HessianFlowError
 
 PIXELS = 3 * 32 * 32
+Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Pixels [n, 3072] and labels [n] of one file."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,10 @@ class CifarLayout:
         num_classes: Number of classes; labels lie below it.
         label_bytes: Label bytes of a binary record; the last one is the label used.
         records: Records in one binary file of each split.
-        binary_folder: Top folder of the binary archive.
-        binary_archive: File name of the binary archive.
+        binary_folder, binary_archive: Top folder and file name of the binary archive.
         binary_files: Record files of each split.
         class_file: File of the class names, one per line, beside the record files.
-        python_folder: Top folder of the Python archive.
-        python_archive: File name of the Python archive.
+        python_folder, python_archive: The same of the Python archive.
         python_files: Pickles of each split, with their MD5.
         label_key: Key of the labels in a pickle.
     """
@@ -58,12 +57,9 @@ class CifarLayout:
     label_key: str
 
     @property
-    def total_bytes(self) -> int:
-        """Return the size of all records of both splits."""
-        records = sum(
-            self.records[split] * len(names) for split, names in self.binary_files.items()
-        )
-        return records * (self.label_bytes + PIXELS)
+    def record_bytes(self) -> int:
+        """Return the size of a binary record."""
+        return self.label_bytes + PIXELS
 
 
 CIFAR10 = CifarLayout(
@@ -125,16 +121,16 @@ def read_cifar(
     records = layout.records[split]
     names = layout.binary_files[split]
     wanted = [*names, layout.class_file]
-    limit = records * (layout.label_bytes + PIXELS)
-    total = 2 * layout.total_bytes
+    limit = records * layout.record_bytes
+    all_records = sum(layout.records[s] * len(files) for s, files in layout.binary_files.items())
+    total = 2 * all_records * layout.record_bytes
     binary = _read_files(root, layout.binary_folder, layout.binary_archive, wanted, limit, total)
     if binary:
-        parts = [_binary_part(layout, name, binary.get(name), records) for name in names]
+        parts = [_binary_part(layout, name, binary, records) for name in names]
         return (*_stacked(parts), _class_names(binary.get(layout.class_file), layout.num_classes))
     checksums = layout.python_files[split]
-    pickled = _read_files(
-        root, layout.python_folder, layout.python_archive, list(checksums), 2 * limit, total
-    )
+    place = (layout.python_folder, layout.python_archive)
+    pickled = _read_files(root, *place, list(checksums), 2 * limit, total)
     if not pickled:
         _refuse_empty(layout, root)
         raise HessianFlowError(
@@ -142,10 +138,7 @@ def read_cifar(
             f" {layout.binary_archive} is there (nor the Python version, {layout.python_folder});"
             f" {remedy(layout.name)}"
         )
-    parts = [
-        _python_part(layout, name, pickled.get(name), checksum)
-        for name, checksum in checksums.items()
-    ]
+    parts = [_python_part(layout, name, pickled, checksums[name]) for name in checksums]
     return (*_stacked(parts), _class_names(None, layout.num_classes))
 
 
@@ -160,20 +153,12 @@ def _read_files(
         paths = {name: parent / name for name in names if (parent / name).is_file()}
         if paths:
             return {name: _head(path, limit + 1) for name, path in paths.items()}
-    packed = _archive(root, archive)
+    packed = find_archive(root, archive)
     if packed is None:
         return {}
-    members = read_members(
-        packed, {f"{folder}/{name}" for name in names}, max_bytes=limit, max_total=total
-    )
+    wanted = {f"{folder}/{name}" for name in names}
+    members = read_members(packed, wanted, max_bytes=limit, max_total=total)
     return {name.removeprefix(f"{folder}/"): content for name, content in members.items()}
-
-
-def _archive(root: Path, name: str) -> Path | None:
-    """Return the archive `name` in the folder `root`, or `root` where it is the archive itself."""
-    return next(
-        (path for path in (root / name, root) if path.name == name and path.is_file()), None
-    )
 
 
 def _refuse_empty(layout: CifarLayout, root: Path) -> None:
@@ -182,11 +167,10 @@ def _refuse_empty(layout: CifarLayout, root: Path) -> None:
         (layout.binary_archive, layout.binary_folder),
         (layout.python_archive, layout.python_folder),
     ):
-        packed = _archive(root, name)
+        packed = find_archive(root, name)
         if packed is not None:
-            raise damaged(
-                layout.name, packed, f"holds none of the files expected in its folder {folder}"
-            )
+            what = f"holds none of the files expected in its folder {folder}"
+            raise damaged(layout.name, packed, what)
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -194,39 +178,40 @@ def _head(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def _binary_part(
-    layout: CifarLayout, name: str, content: bytes | None, records: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    file = f"{layout.binary_folder}/{name}"
-    record_bytes = layout.label_bytes + PIXELS
-    total = records * record_bytes
+def _present(layout: CifarLayout, file: str, contents: Mapping[str, bytes]) -> bytes:
+    content = contents.get(file.rpartition("/")[2])
     if content is None:
         raise damaged(layout.name, file, "missing")
+    return content
+
+
+def _binary_part(
+    layout: CifarLayout, name: str, contents: Mapping[str, bytes], records: int
+) -> Part:
+    file = f"{layout.binary_folder}/{name}"
+    content = _present(layout, file, contents)
+    total = records * layout.record_bytes
     if len(content) != total:
         size = f"{len(content)} bytes"
         if len(content) > total:  # no more than one byte too many was read
             size = f"at least {size}"
-        expected = f"{total} bytes ({records} records of {record_bytes})"
+        expected = f"{total} bytes ({records} records of {layout.record_bytes})"
         raise damaged(layout.name, file, f"found {size}, expected {expected}")
-    table = np.frombuffer(content, dtype=np.uint8).reshape(records, record_bytes)
+    table = np.frombuffer(content, dtype=np.uint8).reshape(records, -1)
     labels = table[:, layout.label_bytes - 1].astype(np.int64)
     _check_labels(layout, file, labels)
     return table[:, layout.label_bytes :], labels
 
 
 def _python_part(
-    layout: CifarLayout, name: str, content: bytes | None, checksum: str
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    layout: CifarLayout, name: str, contents: Mapping[str, bytes], checksum: str
+) -> Part:
     file = f"{layout.python_folder}/{name}"
-    if content is None:
-        raise damaged(layout.name, file, "missing")
+    content = _present(layout, file, contents)
     actual = md5(content, usedforsecurity=False).hexdigest()
     if actual != checksum:
-        raise damaged(
-            layout.name,
-            file,
-            f"MD5 is {actual}, expected {checksum}; not opened, since a pickle can run code",
-        )
+        what = f"MD5 is {actual}, expected {checksum}; not opened, since a pickle can run code"
+        raise damaged(layout.name, file, what)
     record = load_arrays(content, file)
     pixels = record.get("data")
     numbers = record.get(layout.label_key)
@@ -236,9 +221,8 @@ def _python_part(
         raise damaged(layout.name, file, f"holds no list of labels named {layout.label_key!r}")
     if not (isinstance(pixels, np.ndarray) and pixels.shape == (len(numbers), PIXELS)):
         form = f"uint8 {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise damaged(
-            layout.name, file, f"pixels are {form}, expected uint8 ({len(numbers)}, {PIXELS})"
-        )
+        what = f"pixels are {form}, expected uint8 ({len(numbers)}, {PIXELS})"
+        raise damaged(layout.name, file, what)
     labels = np.asarray(numbers, dtype=np.int64)
     _check_labels(layout, file, labels)
     return pixels, labels
@@ -247,13 +231,11 @@ def _python_part(
 def _check_labels(layout: CifarLayout, file: str, labels: NDArray[np.int64]) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= layout.num_classes))
     if len(wrong):
-        what = (
-            f"label {labels[wrong[0]]} in record {wrong[0]}, expected 0 to {layout.num_classes - 1}"
-        )
-        raise damaged(layout.name, file, what)
+        found = f"label {labels[wrong[0]]} in record {wrong[0]}"
+        raise damaged(layout.name, file, f"{found}, expected 0 to {layout.num_classes - 1}")
 
 
-def _stacked(parts: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> tuple[Tensor, Tensor]:
+def _stacked(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     return torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.from_numpy(labels)
 

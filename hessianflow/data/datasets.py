@@ -4,12 +4,12 @@ Means and standard deviations are those of the training pixels: computed here fo
 in general use for CIFAR, SVHN and ImageNet, and ImageNet's for Tiny-ImageNet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from hessianflow.data.augment import Augmentation
 from hessianflow.data.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
-from hessianflow.data.preset import LARGER_IMAGES, SMALL_IMAGES, Preset
 from hessianflow.data.sources import root_folder
 from hessianflow.data.svhn import read_svhn
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
@@ -29,9 +28,9 @@ Split = Literal["train", "test", "extra"]
 
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_SEED = 0
+_DIGITS = tuple("0123456789")
 _FAKE_CLASSES = 10
 _FAKE_SIDE = 16
-
 _FAKE_EXAMPLES: Mapping[str, int] = {"train": 2048, "test": 512}
 
 
@@ -44,8 +43,7 @@ class ImageSet:
         images: Pixels, uint8 [N, C, H, W].
         targets: Class indices, int64 [N], in [0, num_classes).
         classes: Name of every class, by target.
-        mean: Mean of every channel over the training split, after division by `value_scale`.
-        std: Standard deviation of the same values.
+        mean, std: Statistics of every channel of the training split, in units of `value_scale`.
         value_scale: Pixel value that counts as 1.
         augment: Usual augmentation for training.
     """
@@ -90,8 +88,7 @@ class ImageSet:
     ) -> DeviceBatches:
         """Return batches of the whole set on `device`, shuffled and augmented only if `train`.
 
-        `num_workers` has no effect: it exists so that :meth:`ImageFolder.batches` can be called
-        alike.
+        `num_workers` has no effect; :meth:`ImageFolder.batches` can be called alike.
         """
         del num_workers
         augment = self.augment if train else None
@@ -123,12 +120,10 @@ def load(
         root: Folder of the files, the folder above it, or one that holds the official archive.
             None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
         split: "train" or "test"; "svhn" also has "extra".
-        image_size: Side of the images cut from the files of a class-folder tree; the other sets
-            have a size of their own.
+        image_size: Side of the images cut from the files of a class-folder tree.
 
     Raises:
-        HessianFlowError: The name or split is unknown, or files are missing or damaged (the
-            message names the file).
+        HessianFlowError: The name or split is unknown, or a file (it is named) missing or damaged.
     """
     known = data_set(name)
     if split not in known.splits:
@@ -149,8 +144,7 @@ def names() -> list[str]:
 def _digits(_: Path, split: Split) -> ImageSet:
     """Return the 1797 handwritten digits bundled with scikit-learn, 1x8x8, values 0 to 16.
 
-    The split is our choice: the test set is a fifth of every class, drawn with a fixed seed. It
-    leaves 1438 images for training and 359 for testing.
+    The split is our choice: a fifth of every class, drawn with a fixed seed, is for testing (359).
     """
     from sklearn.datasets import load_digits
 
@@ -165,7 +159,7 @@ def _digits(_: Path, split: Split) -> ImageSet:
         name="digits",
         images=torch.from_numpy(bunch.images[chosen].astype(np.uint8))[:, None],
         targets=torch.from_numpy(bunch.target[chosen].astype(np.int64)),
-        classes=tuple(str(label) for label in range(10)),
+        classes=_DIGITS,
         mean=(0.3055,),
         std=(0.3761,),
         value_scale=16.0,
@@ -173,14 +167,9 @@ def _digits(_: Path, split: Split) -> ImageSet:
 
 
 def _fake(_: Path, split: Split) -> ImageSet:
-    """Return made-up 3x16x16 images that a network can learn: a smooth pattern per class, plus
-    noise."""
-    patterns = (
-        np.random.default_rng(0)
-        .normal(size=(_FAKE_CLASSES, 3, 4, 4))
-        .repeat(4, axis=2)
-        .repeat(4, axis=3)
-    )
+    """Return made-up 3x16x16 images to learn from: a smooth pattern per class, plus noise."""
+    coarse = np.random.default_rng(0).normal(size=(_FAKE_CLASSES, 3, 4, 4))
+    patterns = coarse.repeat(4, axis=2).repeat(4, axis=3)
     count = _FAKE_EXAMPLES[split]
     seed = 1 if split == "train" else 2
     rng = np.random.default_rng(seed)
@@ -199,36 +188,23 @@ def _fake(_: Path, split: Split) -> ImageSet:
 
 
 def _cifar(
-    layout: CifarLayout, mean: Sequence[float], std: Sequence[float], root: Path, split: Split
+    layout: CifarLayout, mean: tuple[float, ...], std: tuple[float, ...], root: Path, split: Split
 ) -> ImageSet:
-    images, targets, classes = read_cifar(layout, root, split)
-    return ImageSet(
-        layout.name, images, targets, classes, tuple(mean), tuple(std), augment=CIFAR_AUGMENTATION
-    )
+    read = read_cifar(layout, root, split)
+    return ImageSet(layout.name, *read, mean, std, augment=CIFAR_AUGMENTATION)
 
 
 def _svhn(root: Path, split: Split) -> ImageSet:
-    images, targets = read_svhn(root, split)
-    digits = tuple(str(label) for label in range(10))
+    statistics = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
     # Nothing is flipped: a mirrored digit is no digit.
     augment = Augmentation(crop_padding=4)
-    return ImageSet(
-        "svhn",
-        images,
-        targets,
-        digits,
-        (0.4377, 0.4438, 0.4728),
-        (0.1980, 0.2010, 0.1970),
-        augment=augment,
-    )
+    return ImageSet("svhn", *read_svhn(root, split), _DIGITS, *statistics, augment=augment)
 
 
 def _tiny_imagenet(root: Path, split: Split) -> ImageSet:
-    images, targets, classes = read_tiny_imagenet(root, split)
+    read = read_tiny_imagenet(root, split)
     augment = Augmentation(crop_padding=8, flip=True)
-    return ImageSet(
-        "tiny-imagenet", images, targets, classes, IMAGENET_MEAN, IMAGENET_STD, augment=augment
-    )
+    return ImageSet("tiny-imagenet", *read, IMAGENET_MEAN, IMAGENET_STD, augment=augment)
 
 
 CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
@@ -236,6 +212,38 @@ CIFAR_AUGMENTATION = Augmentation(crop_padding=4, flip=True)
 
 FILE_SIDE = 224
 """Side that image files are cut to, unless resolutions say otherwise."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a run takes for a data set when nothing else is asked for.
+
+    Attributes:
+        settings: values by the names of the settings.
+        schedule: name of the learning-rate schedule.
+        milestones: epochs after which that schedule lowers the rate, in a run of the usual epochs.
+        methods: options of methods that are usual for the data set, by method.
+    """
+
+    settings: Mapping[str, Any]
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] = (30, 60, 80)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+SMALL_IMAGES: Mapping[str, Any] = {
+    "model": "resnet20",
+    "batch_size": 128,
+    "max_batch_size": 16384,
+    "epochs": 90,
+    "lr": 0.1,
+    "probe_examples": 64,
+    "curvature_budget": 0.01,
+    "precision": "auto",
+    "channels_last": True,
+}
+"""The published ABSA settings for residual networks on CIFAR; our choice for other images."""
+LARGER_IMAGES: Mapping[str, Any] = {**SMALL_IMAGES, "model": "resnet18"}
 
 
 @dataclass(frozen=True)
@@ -316,12 +324,8 @@ DATA_SETS: Mapping[str, DataSet] = {
 def data_set(name: str, where: str = "") -> DataSet:
     """Return a data set by name.
 
-    Args:
-        name: Name of the data set.
-        where: Beginning of the error, such as the option that names the data set.
-
     Raises:
-        HessianFlowError: an unknown name; the error has the nearest one.
+        HessianFlowError: An unknown name; the error begins with `where`, and has the nearest one.
     """
     if name not in DATA_SETS:
         near = get_close_matches(name.lower(), DATA_SETS, n=1)

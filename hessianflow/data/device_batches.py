@@ -21,27 +21,26 @@ _VALUE_SCALES = {torch.uint8: 255.0}
 class DeviceBatches(ExampleStream):
     """Resumable batches of a set on the device, whose size may change at any time.
 
-    Iterating yields (inputs float [n, C, H, W], targets [n]) for the rest of the current epoch,
-    the last partial batch included, then enters the next epoch. inputs = (pixels / value_scale -
-    mean) / std after crop and flip, then cutout. All iterators share one position: use one at a
-    time. The protocol is :class:`hessianflow.interfaces.ResizableBatches`.
+    Iterating yields (inputs float [n, C, H, W], targets [n]), where inputs = (pixels / value_scale
+    - mean) / std after crop and flip, then cutout. For the order, `batch_size`, `seed` and
+    `shuffle` see :class:`~hessianflow.data.streams.ExampleStream`.
 
     Args:
         images: Images [N, C, H, W], uint8 or floating point. Features [N, C], series [N, C, T] and
             the like can be neither augmented nor laid out in another way.
         targets: N targets, usually int64 class indices [N].
-        batch_size: Examples per batch, over all ranks.
-        seed: Seed of order and augmentation.
         device: Device that holds the set and the batches.
         augment: Random crop, flip and cutout; None for none of them.
-        mean: Mean of every channel (dimension 1), after division by `value_scale`; None for 0.
-        std: Standard deviation of the same values; None for 1.
+        mean, std: Statistics of every channel (dimension 1), after division by `value_scale`; None
+            for 0 and 1.
         value_scale: Pixel value that counts as 1; None for 255 (uint8) or 1 (floating point).
         num_classes: Number of classes; None for one more than the largest target.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
-            the set.
         dtype: Type of the inputs.
         channels_last: Memory layout of the inputs; the values are the same.
+
+    Attributes:
+        num_classes: Number of classes of integer targets; 0 for floating point ones.
+        input_shape: Shape of one example, (C, H, W) for images.
 
     Raises:
         HessianFlowError: Shapes do not fit together, or an argument is out of range.
@@ -67,37 +66,26 @@ class DeviceBatches(ExampleStream):
         augment = augment or Augmentation()
         _check_shapes(images, targets, augment, channels_last)
         super().__init__(len(images), batch_size, seed=seed, shuffle=shuffle)
-        self._shape = tuple(images.shape[1:])
+        self.input_shape = tuple(images.shape[1:])
         self._channels_last = channels_last
         self._rows = self._to_rows(images).to(device).contiguous()
         self._targets = targets.to(device)
         self._augment = augment
         self._value_scale = value_scale or _VALUE_SCALES.get(images.dtype, 1.0)
-        self._gain, self._shift = _affine(self._shape, mean, std, self._value_scale)
+        self._gain, self._shift = _affine(self.input_shape, mean, std, self._value_scale)
         self._row_gain = self._per_entry(self._gain, dtype)
         self._row_shift = self._per_entry(self._shift, dtype)
-        self._num_classes = num_classes or _count_classes(targets)
+        self.num_classes = num_classes or 0
+        if not num_classes and not targets.is_floating_point():
+            self.num_classes = int(targets.max()) + 1
         self._dtype = dtype
         self._plan: tuple[int, Tensor, Draws] | None = None
-        self._latest = (
-            torch.zeros(0, dtype=torch.int64, device=self.device),
-            Draws(None, None, None),
-        )
+        self._latest = (torch.zeros(0, dtype=torch.int64, device=self.device), Draws())
 
     @property
     def device(self) -> torch.device:
         """Return the device that holds the set and its batches."""
         return self._rows.device
-
-    @property
-    def num_classes(self) -> int:
-        """Return the number of classes of integer targets; 0 for floating point ones."""
-        return self._num_classes
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of one example, (C, H, W) for images."""
-        return self._shape
 
     @property
     def value_range(self) -> tuple[Tensor, Tensor]:
@@ -122,27 +110,13 @@ class DeviceBatches(ExampleStream):
         return self._augment.crop_and_flip(maps, self._latest[1])
 
     def as_stored(self, maps: Tensor) -> Tensor:
-        """Return maps in the frame of the last batch, brought back to that of the stored images.
-
-        Pixels that the crop had cut off are zero.
-        """
-        return self._augment.crop_and_flip(
-            maps, self._latest[1].inverse(self._augment.crop_padding)
-        )
+        """Undo :meth:`as_in_latest`; pixels that the crop had cut off are zero."""
+        undoing = self._latest[1].inverse(self._augment.crop_padding)
+        return self._augment.crop_and_flip(maps, undoing)
 
     def examples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the examples at `indices` (int64 [n]), not augmented; the stream does not move."""
-        return self._batch(indices.to(self.device), Draws(None, None, None))
-
-    def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Return `count` different examples chosen by `seed` alone, not augmented.
-
-        Curvature probes measure on such a fixed batch.
-
-        Raises:
-            HessianFlowError: `count` is below 1 or above the number of examples.
-        """
-        return self.examples(self._sampled_indices(count, seed))
+        return self._batch(indices.to(self.device), Draws())
 
     def _planned_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         order, draws = self._epoch_plan()
@@ -151,20 +125,19 @@ class DeviceBatches(ExampleStream):
 
     def _epoch_plan(self) -> tuple[Tensor, Draws]:
         if self._plan is None or self._plan[0] != self._epoch:
-            height, width = self._shape[-2:] if self._augment.is_active else (0, 0)
-            draws = self._augment.draw(
-                self._num_examples, height, width, seed=self._seed, epoch=self._epoch
-            )
+            size = self.input_shape[-2:] if self._augment.is_active else (0, 0)
+            source = {"seed": self._seed, "epoch": self._epoch}
+            draws = self._augment.draw(self._num_examples, *size, **source)
             self._plan = self._epoch, self._order().to(self.device), draws.to(self.device)
         return self._plan[1:]
 
     def _batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        step = self._shape[0] if self._channels_last else 1
+        step = self.input_shape[0] if self._channels_last else 1
         rows = self._augment.crop_and_flip(self._rows.index_select(0, indices), draws, step)
         rows = rows.to(self._row_gain.dtype).mul_(self._row_gain).add_(self._row_shift)
         rows = self._augment.cut_out(rows, draws, step).to(self._dtype)
         if self._channels_last:
-            channels, height, width = self._shape
+            channels, height, width = self.input_shape
             rows = rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
         return rows, self._targets.index_select(0, indices)
 
@@ -172,18 +145,14 @@ class DeviceBatches(ExampleStream):
         """Return images as rows: one plane per channel, or one plane of pixels if channels-last."""
         if not self._channels_last:
             return images
-        channels, height, width = self._shape
+        channels, height, width = self.input_shape
         return images.permute(0, 2, 3, 1).reshape(len(images), 1, height, width * channels)
 
     def _per_entry(self, factors: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a factor per channel, or per entry of a row if channels-last, on the device."""
         if self._channels_last:
-            factors = factors.view(-1).repeat(self._shape[2])
+            factors = factors.view(-1).repeat(self.input_shape[2])
         return factors.to(self.device, torch.promote_types(torch.float32, dtype))
-
-
-def _count_classes(targets: Tensor) -> int:
-    return 0 if targets.is_floating_point() else int(targets.max()) + 1
 
 
 def _check_shapes(
@@ -231,9 +200,7 @@ def _affine(
                 f"{name} must hold one value for each of the {channels} channels, got {len(values)}"
             )
     if min(stds) <= 0 or scale <= 0:
-        raise HessianFlowError(
-            f"std and value_scale must be positive, got {list(stds)} and {scale}"
-        )
+        raise HessianFlowError(f"std and value_scale must be positive, got {[*stds]} and {scale}")
     exact = [(1 / (scale * s), -m / s) for m, s in zip(means, stds, strict=True)]
     gain, shift = torch.tensor(exact, dtype=torch.float64).T
     ones = [1] * (len(shape) - 1)

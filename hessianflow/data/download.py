@@ -2,8 +2,7 @@
 
 A download goes to NAME.part and is renamed once its MD5 is right; an interrupted one continues
 where it stopped. No file of another content is overwritten, and no link is written through.
-Archives are unpacked safely (:mod:`hessianflow.data.archives`). Nothing is downloaded unless the
-user asks for it.
+Nothing is downloaded unless the user asks for it.
 """
 
 import os
@@ -118,13 +117,22 @@ def _sources(name: str, sources: Mapping[str, Sequence[Source]]) -> Sequence[Sou
 def _report(name: str, path: Path, source: Source) -> FileReport:
     if not path.is_file():
         return _report_unpacked(name, path, source)
+    difference = _difference(path, source)
+    if difference:
+        return FileReport(path, "damaged", difference)
+    return FileReport(path, "ok", f"{path.stat().st_size} bytes, MD5 {source.md5}")
+
+
+def _difference(path: Path, source: Source) -> str:
+    """Return how size or MD5 of a file differ from the published ones; nothing if they do not."""
     size = path.stat().st_size
     if source.size and size != source.size:
-        return FileReport(path, "damaged", f"{size} bytes, expected {source.size}")
-    checksum = _md5(path)
+        return f"{size} bytes, expected {source.size}"
+    with open_plain(path) as file:
+        checksum = _md5_of(file)
     if checksum != source.md5:
-        return FileReport(path, "damaged", f"MD5 {checksum} ({size} bytes), expected {source.md5}")
-    return FileReport(path, "ok", f"{size} bytes, MD5 {checksum}")
+        return f"MD5 {checksum} ({size} bytes), expected {source.md5}"
+    return ""
 
 
 def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
@@ -141,28 +149,19 @@ def _report_unpacked(name: str, path: Path, source: Source) -> FileReport:
 
 
 def _is_there(source: Source, path: Path) -> bool:
-    """Return whether the file needs no download.
-
-    Raises:
-        HessianFlowError: Something else has its name.
-    """
+    """Return whether the file needs no download; refuse anything else that has its name."""
     if not os.path.lexists(path):
         return False
     if not path.is_file():
         raise HessianFlowError(
             f"{path}: is in the way of {source.url}, and no file; move it away, or fetch elsewhere"
         )
-    size = path.stat().st_size
-    if source.size and size != source.size:
-        difference = f"{size} bytes, expected {source.size}"
-    else:
-        checksum = _md5(path)
-        if checksum == source.md5:
-            return True
-        difference = f"MD5 {checksum}, expected {source.md5}"
-    raise HessianFlowError(
-        f"{path}: {difference}; not overwritten: move or delete it, then fetch again"
-    )
+    difference = _difference(path, source)
+    if difference:
+        raise HessianFlowError(
+            f"{path}: {difference}; not overwritten: move or delete it, then fetch again"
+        )
+    return True
 
 
 def _download(source: Source, path: Path, progress: Progress | None) -> None:
@@ -186,11 +185,7 @@ def _download(source: Source, path: Path, progress: Progress | None) -> None:
 
 
 def _open_part(part: Path) -> BinaryIO:
-    """Open a download in progress, or begin one, in a plain file that has no other name.
-
-    Raises:
-        HessianFlowError: The file is a link or the like, so that writing would lead elsewhere.
-    """
+    """Open a download in progress, or begin one; refuse a link or the like that leads elsewhere."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         file = os.fdopen(os.open(part, flags | getattr(os, "O_BINARY", 0), 0o666), "r+b")
@@ -252,11 +247,7 @@ def _continue_download(source: Source, file: BinaryIO, progress: Progress | None
 
 
 def _request(source: Source, have: int) -> HTTPResponse | None:
-    """Return the response with all bytes from number `have` on, or None if there are none.
-
-    Raises:
-        HessianFlowError: The address, or the one that the server redirects to, is not valid.
-    """
+    """Return the response with all bytes from number `have` on, or None if there are none."""
     try:
         request = Request(source.url)
         if have:
@@ -321,11 +312,6 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
-
-
-def _md5(path: Path) -> str:
-    with open_plain(path) as file:
-        return _md5_of(file)
 
 
 def _md5_of(file: BinaryIO) -> str:

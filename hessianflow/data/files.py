@@ -5,7 +5,7 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from hessianflow.interfaces import HessianFlowError
 
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 # Without O_NONBLOCK, opening a pipe would wait for a writer.
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Source(Protocol):
+    """A stream of bytes that are read in order."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes, and none only at the end."""
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -47,16 +54,14 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1)  # it may have grown, or give no true size
             if len(content) <= max_bytes:
                 return content
-    raise HessianFlowError(
-        f"{path}: larger than {max_bytes} bytes (it has {size}); replace the file"
-    )
+    found = f"larger than {max_bytes} bytes (it has {size})"
+    raise HessianFlowError(f"{path}: {found}; replace the file")
 
 
 class _Raw(io.FileIO):
     """A file that raises where reading would wait, as some files of the kernel do."""
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Read into `buffer` and return the number of bytes; never return None."""
         size = super().readinto(buffer)
         if size is None:
             raise OSError(errno.EAGAIN, "nothing to be read now")
@@ -65,11 +70,6 @@ class _Raw(io.FileIO):
 
 def _check_plain(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise HessianFlowError(
-            f"{path}: is {_kind(status.st_mode)}, not a plain file; remove or replace it"
-        )
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise HessianFlowError(f"{path}: is {kind}, not a plain file; remove or replace it")

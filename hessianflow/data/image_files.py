@@ -6,22 +6,17 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from hessianflow.checks import in_home
-from hessianflow.data.images import FORMATS, SUFFIXES
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.data.images import FORMATS, SUFFIXES, pillow, spread_evenly
 
 SAMPLE = 64
 """Files whose headers are read to tell the usual size. This default is our choice."""
 
 
 def training_images(root: str | Path, most: int) -> list[Path]:
-    """Return at most `most` image files below the class folders of `root`/train, in no order.
+    """Return image files below the class folders of `root`/train, in no order; none without it.
 
-    Args:
-        root: Folder of the data set; the list is empty if it does not exist.
-        most: Number of files after which the search ends, since a tree may hold millions.
+    The search ends at `most` files, since a tree may hold millions.
 
     Raises:
         HessianFlowError: A home folder is not known.
@@ -37,22 +32,15 @@ def usual_side(files: Sequence[Path], largest: int) -> int:
     Raises:
         HessianFlowError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise HessianFlowError(
-            "image files need Pillow: pip install 'hessianflow[images]'"
-        ) from error
-    sample = np.unique(np.linspace(0, len(files) - 1, min(SAMPLE, len(files))).round().astype(int))
+    reader = pillow()
     sides = []
-    for index in sample:
-        path = files[index]
+    for path in (files[index] for index in spread_evenly(SAMPLE, len(files))):
         try:
             if not path.is_file():  # opening a pipe would wait for a writer
                 continue
-            with Image.open(path, formats=FORMATS) as image:
+            with reader.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (OSError, SyntaxError, ValueError, reader.DecompressionBombError):
             continue
     usual: float = statistics.median(sides or [largest])
     return min(largest, round(usual))

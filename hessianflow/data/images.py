@@ -30,8 +30,7 @@ from hessianflow.interfaces import Batch, HessianFlowError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"})
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")
-"""Pillow's names of the formats of :data:`SUFFIXES`; a file may have any of them, whatever its
-suffix."""
+"""Pillow's names of the formats of :data:`SUFFIXES`, any of which a file may have."""
 MAX_PIXELS = 1 << 26
 """Largest number of pixels of an image; larger ones are refused before they are decoded."""
 MAX_FILE_BYTES = 4 * MAX_PIXELS
@@ -75,8 +74,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         size: Side of the square images handed out.
         train: Crop (uniform in area and log aspect ratio) and mirror at random, from torch's global
             generator; otherwise take the central square.
-        mean: Means of the channels, after division by 255.
-        std: Standard deviations of the same values.
+        mean, std: Statistics of the channels, after division by 255.
         augment: Whether training batches are cropped and mirrored at random.
     """
 
@@ -112,12 +110,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def take(self, count: int) -> "ImageFolder":
         """Return a set of `count` images spread evenly over the files, hence over the classes."""
-        chosen = np.unique(
-            np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)
-        )
-        return replace(
-            self, files=self.files[chosen], targets=self.targets[torch.from_numpy(chosen)]
-        )
+        chosen = spread_evenly(count, len(self))
+        targets = self.targets[torch.from_numpy(chosen)]
+        return replace(self, files=self.files[chosen], targets=targets)
 
     def batches(
         self,
@@ -189,8 +184,8 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
     may lack some of them.
 
     Raises:
-        HessianFlowError: The folder does not exist or has no class folders, a class has no image or
-            is not among those of training, or something with the name of an image is no file.
+        HessianFlowError: There is no folder, class folder or image in one, a class is not among
+            those of training, or something with the name of an image is no file.
     """
     candidates = [root / split]
     if split == "test":
@@ -227,22 +222,38 @@ def read_folder(name: str, root: Path, split: str, *, size: int = 224) -> ImageF
     )
 
 
+def spread_evenly(count: int, total: int) -> NDArray[np.int64]:
+    """Return at most `count` numbers below `total`, ascending and evenly spread."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
+def pillow() -> Any:
+    """Return the module `PIL.Image`.
+
+    Raises:
+        HessianFlowError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise HessianFlowError(
+            "image files need Pillow: pip install 'hessianflow[images]'"
+        ) from error
+    return Image
+
+
 def decode_all(paths: Sequence[str], read: Callable[[str], bytes], side: int) -> Tensor:
     """Decode images of `side` x `side` pixels, also grey ones, to uint8 [N, 3, side, side].
 
-    Args:
-        paths: Paths of the images.
-        read: Function that returns an encoded image by its path. It is called in threads, so that
-            few encoded images are in memory at a time.
-        side: Height and width of all images in pixels.
+    `read` returns an encoded image by its path. It is called in threads, so that few encoded images
+    are in memory at a time.
 
     Raises:
         HessianFlowError: An image cannot be decoded or has another size; the message names it.
     """
     with ThreadPoolExecutor() as pool:
-        return torch.stack(
-            list(pool.map(lambda path: _pixels(_decoded(read(path), path, side)), paths))
-        )
+        decoded = pool.map(lambda path: _pixels(_decoded(read(path), path, side)), paths)
+        return torch.stack(list(decoded))
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -274,14 +285,9 @@ def _content(path: Path) -> bytes:
 
 def _decoded(content: bytes, origin: str, side: int | None = None) -> Any:
     """Return a decoded RGB Pillow image, which must have `side` x `side` pixels unless None."""
+    reader = pillow()
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise HessianFlowError(
-            "image files need Pillow: pip install 'hessianflow[images]'"
-        ) from error
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = reader.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
@@ -292,7 +298,7 @@ def _decoded(content: bytes, origin: str, side: int | None = None) -> Any:
         return image.convert("RGB")
     except ImageError:
         raise
-    except UnidentifiedImageError:
+    except reader.UnidentifiedImageError:
         raise ImageError(
             f"{origin}: cannot be decoded as an image (it is none of {', '.join(FORMATS)}); replace"
             " the file"
@@ -316,8 +322,6 @@ def _random_crop(image: Any, size: int) -> Any:
 
     If none of ten windows fits into the image, the window is the largest square.
     """
-    from PIL import Image
-
     width, height = image.size
     window = min(width, height), min(width, height)
     for _ in range(10):
@@ -330,17 +334,15 @@ def _random_crop(image: Any, size: int) -> Any:
     left = int(_uniform(0, width - window[0] + 1))
     top = int(_uniform(0, height - window[1] + 1))
     box = (left, top, left + window[0], top + window[1])
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    image = image.resize((size, size), pillow().Resampling.BILINEAR, box=box)
     if _uniform(0, 1) < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
     return image
 
 
 def _central_crop(image: Any, size: int) -> Any:
     """Return the central square of side shorter_side / RESIZE_TO_CROP, resized in one step."""
-    from PIL import Image
-
     width, height = image.size
     side = min(width, height) / RESIZE_TO_CROP
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), pillow().Resampling.BILINEAR, box=box)

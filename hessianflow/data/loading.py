@@ -29,34 +29,18 @@ ALIGNMENT = 16
 """Tensors in shared memory begin at multiples of this number of bytes, which suits every type."""
 
 
-class ChunkPlan:
-    """The batch sampler of the loader, which yields the keys still to load in chunks."""
-
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
-        self.keys: list[Key] = []
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, len(self.keys), self.chunk_size):
-            yield self.keys[start : start + self.chunk_size]
-
-
-class Failure:
-    """A one-line error of a worker, sent as an object since torch would add a traceback to it."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
 class SeededExamples(Dataset[Any]):
-    """The items of a data set by (epoch, index), each loaded with random numbers of its own."""
+    """The items of a data set by (epoch, index), each loaded with random numbers of its own.
+
+    A worker sends its error instead of items: torch would add a traceback to one that is raised.
+    """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
         self.randomness = Randomness(dataset)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Any] | Failure:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Any] | HessianFlowError:
         """Return the items in order, and restore all generators."""
         items = []
         try:
@@ -67,7 +51,7 @@ class SeededExamples(Dataset[Any]):
         except HessianFlowError as error:
             if get_worker_info() is None:
                 raise
-            return Failure(str(error))
+            return HessianFlowError(str(error))
         return items
 
 
@@ -75,11 +59,8 @@ def start_worker(further: Callable[[int], None] | None, number: int) -> None:
     """Prepare a worker, which from then on obeys SIGTERM only if its parent sends it.
 
     A scheduler that ends a job signals all its processes. A worker that ended at once would leave
-    the process that trains with an error instead of a checkpoint.
-
-    Args:
-        further: The user's `worker_init_fn`.
-        number: Number of the worker.
+    the process that trains with an error instead of a checkpoint. `further` is the user's
+    `worker_init_fn`.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -95,11 +76,7 @@ def _end_when_told(parent: int) -> None:
 
 
 def stacked(items: list[Any]) -> Any:
-    """Return the batch that torch's default collate makes of the items.
-
-    Raises:
-        HessianFlowError: The items cannot be stacked.
-    """
+    """Return what torch's default collate makes of the items, and refuse what it cannot stack."""
     try:
         return default_collate(items)
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
@@ -112,21 +89,21 @@ def stacked(items: list[Any]) -> Any:
         ) from error
 
 
-def stacked_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
+def stacked_chunk(items: list[Any] | HessianFlowError) -> tuple[int, Any] | HessianFlowError:
     """Return the number of items and their batch."""
-    if isinstance(items, Failure):
+    if isinstance(items, HessianFlowError):
         return items
     try:
         return len(items), stacked(items)
     except HessianFlowError as error:
         if get_worker_info() is None:
             raise
-        return Failure(str(error))
+        return HessianFlowError(str(error))
 
 
-def kept_chunk(items: list[Any] | Failure) -> tuple[int, Any] | Failure:
+def kept_chunk(items: list[Any] | HessianFlowError) -> tuple[int, Any] | HessianFlowError:
     """Return the number of items and the items, packed if this process is a worker."""
-    if isinstance(items, Failure):
+    if isinstance(items, HessianFlowError):
         return items
     return len(items), items if get_worker_info() is None else Packed(items)
 
@@ -187,22 +164,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rows_of(stack: Any, rows: slice) -> Any:
-    """Return the examples `rows` of a batch of the default collate, which has one row for each.
-
-    Raises:
-        HessianFlowError: An entry has a type that torch does not stack by itself.
-    """
+    """Return the examples `rows` of a batch that torch's default collate has stacked."""
     if isinstance(stack, Tensor) or _is_text(stack):
         return stack[rows]
     return rebuilt(stack, [rows_of(entry, rows) for entry in _opened(stack)])
 
 
 def joined(stacks: list[Any]) -> Any:
-    """Return one batch joined from several that the default collate made.
-
-    Raises:
-        HessianFlowError: An entry has a type that torch does not stack by itself.
-    """
+    """Return one batch joined from several that torch's default collate has stacked."""
     first = stacks[0]
     if len(stacks) == 1:
         return first
@@ -225,11 +194,7 @@ def end_workers(chunks: Any, owner: int) -> None:
 def check_options(
     dataset: Dataset[Any], num_workers: int, chunk_size: int, prefetch_examples: int
 ) -> None:
-    """Refuse a data set that is not map-style, and numbers out of range.
-
-    Raises:
-        HessianFlowError: An argument does not fit; the message names it.
-    """
+    """Refuse a data set that is not map-style, and numbers out of range, by name."""
     has_items = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(

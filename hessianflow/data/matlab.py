@@ -7,6 +7,7 @@ text are recognised but not read. Nothing is read beyond the size that is expect
 
 import math
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from hessianflow.data.inflate import Inflated, Source
+from hessianflow.data.files import Source
 
 _MATRIX = 14
 _COMPRESSED = 15
@@ -22,8 +23,7 @@ _STORED: Mapping[int, str] = {
     **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"},
     **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
 }
-"""NumPy's code of the numbers, by the kind in their tag; 1, 5 and 6 are also the kinds of names,
-dimensions and flags."""
+"""NumPy's code of numbers by the kind in their tag; names, dimensions, flags are of 1, 5 and 6."""
 NUMBERS = frozenset(np.dtype(code).name for code in _STORED.values())
 """Values of :attr:`MatArray.kind` for variables that can be read."""
 _CLASSES: Mapping[int, str] = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse"}
@@ -33,10 +33,50 @@ _MAX_VARIABLES = 1000
 _MAX_DIMENSIONS = 32
 _MAX_NAME = 256
 _PIECE = 1 << 20
+_BLOCK = 1 << 16
 
 
 class MatFileError(ValueError):
     """Error for bytes that are no MATLAB file of version 5."""
+
+
+class Inflated:
+    """The unpacked bytes of a zlib stream of `length` packed ones, at which `file` stands.
+
+    They are unpacked in pieces, so that no stream can fill the memory.
+    """
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file = file
+        self._left = length
+        self._machine = zlib.decompressobj()
+        self._waiting = b""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next `size` bytes, fewer only at the end, where the checksum is compared.
+
+        Raises:
+            EOFError, zlib.error: The stream is cut short, or damaged.
+        """
+        blocks = []
+        while size > 0 and (block := self._some(size)):
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
+
+    def _some(self, size: int) -> bytes:
+        while not self._machine.eof:
+            if not self._waiting:
+                self._waiting = self._file.read(min(_BLOCK, self._left))
+                self._left -= len(self._waiting)
+            ended = not self._waiting
+            block = self._machine.decompress(self._waiting, size)
+            self._waiting = self._machine.unconsumed_tail
+            if block:
+                return block
+            if ended and not self._machine.eof:
+                raise EOFError("the compressed data are cut short")
+        return b""
 
 
 @dataclass(frozen=True)
@@ -75,7 +115,7 @@ def mat_arrays(file: BinaryIO) -> Iterator[MatArray]:
         kind, length = struct.unpack(f"{order}II", tag)
         start = file.tell()
         if kind == _COMPRESSED:
-            packed = Inflated(file, "zlib", length)
+            packed = Inflated(file, length)
             kind, _size = struct.unpack(f"{order}II", _exactly(packed, 8))
             yield _matrix(packed, kind, order)
         else:
@@ -101,11 +141,11 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
         raise MatFileError(f"the variable {name!r} has no proper flags or dimensions")
     shape = tuple(int(side) for side in dimensions)
     number = int(flags[0]) & 0xFF
-    if number not in _NUMERIC_CLASSES:
-        kind_name = _CLASSES.get(number, "unknown")
-        return MatArray(name, kind_name, shape, lambda: _not_numbers(name))
-    if int(flags[0]) & _COMPLEX:
-        return MatArray(name, "complex", shape, lambda: _not_numbers(name))
+    other = _CLASSES.get(number, "unknown")
+    if number in _NUMERIC_CLASSES:
+        other = "complex" if int(flags[0]) & _COMPLEX else ""
+    if other:
+        return MatArray(name, other, shape, lambda: _not_numbers(name))
     stored, length, short = _tag(stream, order)
     if stored not in _STORED:
         raise MatFileError(f"the variable {name!r} stores its numbers as kind {stored}")
@@ -119,8 +159,10 @@ def _matrix(stream: Source, kind: int, order: str) -> MatArray:
         numbers = np.empty(math.prod(shape), dtype=dtype)
         _fill(numbers.view(np.uint8), stream, short)
         if isinstance(stream, Inflated):
+            # Nothing but padding is left, so the end is reached, where the checksum is compared.
             padding = 0 if short else -length % 8
-            _expect_end(stream, padding, name)
+            if len(stream.read(padding + 1)) > padding:
+                raise MatFileError(f"the variable {name!r} has more content than numbers")
         return numbers.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F")
 
     return MatArray(name, dtype.newbyteorder("=").name, shape, read)
@@ -155,13 +197,6 @@ def _fill(target: NDArray[np.uint8], stream: Source, short: bytes) -> None:
     for start in range(0, len(target), _PIECE):
         piece = target[start : start + _PIECE]
         piece[:] = np.frombuffer(_exactly(stream, len(piece)), dtype=np.uint8)
-
-
-def _expect_end(stream: Inflated, padding: int, name: str) -> None:
-    """Refuse anything but padding, and thereby reach the end, where the checksum is compared."""
-    rest = stream.read(padding + 1)
-    if len(rest) > padding:
-        raise MatFileError(f"the variable {name!r} has more content than numbers")
 
 
 def _not_numbers(name: str) -> NDArray[np.generic]:

@@ -24,10 +24,8 @@ from hessianflow.data.streams import Stream, stream_seed
 
 MOST_OBJECTS = 10_000
 """Number of objects after which the search for generators ends. This default is our choice."""
-
 MOST_ENTRIES = 1_000
 """Entries of each list or dict that are searched. This default is our choice."""
-
 _OPAQUE = (str, bytes, int, float, Tensor, np.ndarray, type, ModuleType)
 
 

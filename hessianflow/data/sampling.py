@@ -1,16 +1,14 @@
 """Batches of changing size from any map-style data set, loaded ahead by worker processes.
 
-A `DataLoader` loads small chunks of fixed size in the order of the epoch; the consumer cuts the
-stream of chunks into batches of the current size. A change of size therefore takes effect on the
-very next batch, and the workers never notice it. (With several ranks, a rank's shard of a future
-batch does depend on its size: there, the chunks loaded ahead are dropped once.) Chunks are stacked
-where they are loaded if torch's default collate makes the batches; any other `collate_fn` gets all
-items of a batch at once, in the process that trains.
+A `DataLoader` loads small chunks of fixed size in the order of the epoch
+(:mod:`hessianflow.data.loading`); the consumer cuts the stream of chunks into batches of the
+current size. A change of size therefore takes effect on the very next batch, and the workers never
+notice it. (With several ranks, a rank's shard of a future batch does depend on its size: there, the
+chunks loaded ahead are dropped once.)
 
-The random numbers of an example's own transforms (Python, NumPy and torch, in worker or main
-process, and generators that the data set holds) are seeded from (seed, epoch, index), and those of
-a `collate_fn` from (seed, epoch, position), so that neither workers nor interruptions change them;
-see :mod:`hessianflow.data.randomness`.
+The random numbers of an example's own transforms (:mod:`hessianflow.data.randomness`) are seeded
+from (seed, epoch, index), and those of a `collate_fn` from (seed, epoch, position), so that neither
+workers nor interruptions change them.
 """
 
 import os
@@ -24,40 +22,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from hessianflow.batches import map_tensors, move, take_rows
-from hessianflow.data.loading import (
-    ChunkPlan,
-    Failure,
-    Packed,
-    SeededExamples,
-    check_options,
-    end_workers,
-    joined,
-    kept_chunk,
-    rows_of,
-    stacked,
-    stacked_chunk,
-    start_worker,
-)
+from hessianflow.batches import map_tensors, take_rows, to_device
+from hessianflow.data import loading
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.streams import ExampleStream, stream_seed
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.structure import is_list
 
 COMPARED_SIZES = (7, 5)
-"""Sizes of the two batches that show which entries have one row per example. This default is our
-choice: few other dimensions have these sizes."""
+"""Sizes of two batches that show which entries have a row per example: our choice, since rare."""
 
 
 class AdaptiveBatches(ExampleStream):
     """Resumable batches of a map-style data set, whose size may change at any time.
 
-    Iterating yields the rest of the current epoch, the last partial batch included, then enters
-    the next epoch (see `hessianflow.interfaces.ResizableBatches`). All iterators share one
-    position: use one at a time. After an error of the data set the batch that failed is the next.
-
     A batch is what `collate_fn` returns, a list as a tuple; to train on, it must be a pair (inputs,
-    targets).
+    targets). For the order, `batch_size` and `shuffle` see
+    :class:`~hessianflow.data.streams.ExampleStream`.
 
     A change of the data set between two epochs takes effect when the next epoch begins, also in the
     workers, which start again. A change within an epoch reaches the examples that this process has
@@ -65,7 +46,6 @@ class AdaptiveBatches(ExampleStream):
 
     Args:
         dataset: Map-style `torch.utils.data.Dataset` with a length.
-        batch_size: Examples per batch, over all ranks.
         seed: Seed of the order and of the examples' own random transforms.
         num_workers: Number of processes that load; 0 loads in this one.
         pin_memory: Load into page-locked memory, for an overlapping copy to a GPU.
@@ -75,8 +55,6 @@ class AdaptiveBatches(ExampleStream):
         collate_fn: Function that makes a batch of the list of its items (with several ranks, of the
             items of this rank's shard), in this process: work on single examples belongs in the
             data set. None for torch's default, applied where items are loaded.
-        shuffle: False for evaluation: the order is the stored one, and a batch may be larger than
-            the set.
         chunk_size: Examples that a worker loads at a time.
         prefetch_examples: Examples to load ahead, over all workers.
         value_range: Lowest and highest valid input after `transform`, to clamp attacks; not used
@@ -89,8 +67,7 @@ class AdaptiveBatches(ExampleStream):
 
     Raises:
         HessianFlowError: The data set has no length or no items by index, or a number is out of
-            range. Iterating raises it for items that cannot be stacked, or if the length of the
-            data set has changed.
+            range; while iterating, items cannot be stacked, or the length has changed.
     """
 
     def __init__(
@@ -111,24 +88,25 @@ class AdaptiveBatches(ExampleStream):
         worker_init_fn: Callable[[int], None] | None = None,
         persistent_workers: bool = False,
     ) -> None:
-        check_options(dataset, num_workers, chunk_size, prefetch_examples)
+        loading.check_options(dataset, num_workers, chunk_size, prefetch_examples)
         length = len(dataset)  # type: ignore[arg-type]
         super().__init__(length, batch_size, seed=seed, shuffle=shuffle)
-        self._examples = SeededExamples(dataset, seed)
+        self._examples = loading.SeededExamples(dataset, seed)
         self._collate = None if collate_fn is default_collate else collate_fn
         self._randomness = Randomness(collate_fn)
         self._transform = transform
-        self._device = torch.device(device)
+        self.device = torch.device(device)
+        self.value_range = value_range
         self._pin_memory = pin_memory
-        self._value_range = value_range
-        self._plan = ChunkPlan(chunk_size)
+        self._chunk_size = chunk_size
+        self._plan: list[list[loading.Key]] = []
         self._options: dict[str, Any] = {
             "batch_sampler": self._plan,
             "num_workers": num_workers,
-            "collate_fn": stacked_chunk if self._collate is None else kept_chunk,
+            "collate_fn": loading.stacked_chunk if self._collate is None else loading.kept_chunk,
             "pin_memory": pin_memory and self._collate is None,
             "generator": torch.Generator(),  # else the loader draws from the global one
-            "worker_init_fn": partial(start_worker, worker_init_fn),
+            "worker_init_fn": partial(loading.start_worker, worker_init_fn),
         }
         if num_workers:
             chunks = -(-prefetch_examples // (chunk_size * num_workers))
@@ -139,16 +117,6 @@ class AdaptiveBatches(ExampleStream):
         self._ending: weakref.finalize[..., AdaptiveBatches] | None = None
         self._loaded: deque[Any] = deque()  # (size, stacked chunk) pairs, or items
         self._is_stackable = False  # until a chunk was checked
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the batches."""
-        return self._device
-
-    @property
-    def value_range(self) -> tuple[Tensor, Tensor] | None:
-        """Return the lowest and highest valid input that the constructor was given."""
-        return self._value_range
 
     def set_batch_size(self, batch_size: int) -> None:
         """Set the batch size from the very next batch on; the workers continue."""
@@ -171,35 +139,21 @@ class AdaptiveBatches(ExampleStream):
         self._forget_chunks()
 
     def examples(self, indices: Tensor) -> Batch:
-        """Return the examples at `indices` (int64 [n]), loaded by this process.
+        """Return the examples at `indices` (int64 [n]), loaded by this process; the stream stays.
 
-        The stream does not move. Transforms of the data set apply as in epoch 0; measure on a data
-        set without random ones.
+        Transforms of the data set apply as in epoch 0; measure on a data set without random ones.
         """
         items = self._examples.__getitems__([(0, int(index)) for index in indices])
         return self._finished(self._collated(items, 0, self._num_examples))
 
-    def sample(self, count: int, seed: int = 0) -> Batch:
-        """Return `count` different examples chosen by `seed` alone, for a curvature probe.
-
-        Raises:
-            HessianFlowError: `count` is below 1 or above the number of examples.
-        """
-        return self.examples(self._sampled_indices(count, seed))
-
     def check_rows(self) -> None:
-        """Refuse a `collate_fn` whose batches cannot be cut into rows.
+        """Refuse a `collate_fn` whose batches cannot be cut into rows, and name the entry.
 
-        The check collates two batches of different size, since in a single batch of four examples
-        a mask [4, 4] looks like four rows.
-
-        Raises:
-            HessianFlowError: An entry has another number of rows; the message names it.
+        Two batches of different size are collated, since in one of four examples a mask [4, 4]
+        looks like four rows.
         """
-        if self._collate is None:
-            return
         for size in COMPARED_SIZES:
-            if size <= self._num_examples:
+            if self._collate is not None and size <= self._num_examples:
                 items = self._examples.__getitems__([(0, index) for index in range(size)])
                 batch = self._collated(items, 0, self._num_examples)
                 take_rows(_as_tuple(batch), slice(1), size)
@@ -232,11 +186,7 @@ class AdaptiveBatches(ExampleStream):
             raise
 
     def _start_loading(self, start: int, stop: int) -> None:
-        """Start to load this rank's shards of this batch and all later ones of the epoch.
-
-        Raises:
-            HessianFlowError: The length of the data set has changed.
-        """
+        """Start to load this rank's shards of this batch and all later ones of the epoch."""
         dataset = self._examples.dataset
         length = len(dataset)  # type: ignore[arg-type]
         if length != self._num_examples:
@@ -246,14 +196,15 @@ class AdaptiveBatches(ExampleStream):
             )
         self._examples.randomness.look_again()
         self._randomness.look_again()
-        self._plan.keys = [
-            (self._epoch, int(i)) for i in self._order()[self._positions_from(start, stop)]
-        ]
+        indices = self._order()[self._positions_from(start, stop)]
+        keys = [(self._epoch, int(index)) for index in indices]
+        starts = range(0, len(keys), self._chunk_size)
+        self._plan[:] = [keys[start : start + self._chunk_size] for start in starts]
         self._options["generator"].manual_seed(stream_seed(self._seed, "workers", self._epoch))
         self._chunks = iter(self._loader)
         # If the iterator were freed with a cycle of objects, it would find its queues closed and
         # wait some seconds for each worker.
-        self._ending = weakref.finalize(self, end_workers, self._chunks, os.getpid())
+        self._ending = weakref.finalize(self, loading.end_workers, self._chunks, os.getpid())
         self._ending.atexit = False
 
     def _next_chunk(self) -> tuple[int, Any]:
@@ -263,8 +214,8 @@ class AdaptiveBatches(ExampleStream):
             raise HessianFlowError(
                 "the loader ended before the epoch did: does the data set raise StopIteration?"
             )
-        if isinstance(chunk, Failure):
-            raise HessianFlowError(chunk.message)
+        if isinstance(chunk, HessianFlowError):
+            raise chunk
         return chunk  # type: ignore[no-any-return]
 
     def _next_rows(self, count: int) -> Any:
@@ -274,23 +225,23 @@ class AdaptiveBatches(ExampleStream):
             if not self._loaded:
                 size, chunk = self._next_chunk()
                 if not self._is_stackable:
-                    rows_of(chunk, slice(0, 0))  # refuse at the start what cannot be cut later
+                    loading.rows_of(chunk, slice(0, 0))  # refuse now what cannot be cut later
                     self._is_stackable = True
-                self._loaded.append(
-                    (size, move(chunk, self._device, non_blocking=self._pin_memory))
-                )
+                there = to_device(chunk, self.device, non_blocking=self._pin_memory)
+                self._loaded.append((size, there))
             size, chunk = self._loaded.popleft()
             if size > count:
-                self._loaded.appendleft((size - count, rows_of(chunk, slice(count, None))))
-                chunk = rows_of(chunk, slice(count))
+                rest = loading.rows_of(chunk, slice(count, None))
+                self._loaded.appendleft((size - count, rest))
+                chunk = loading.rows_of(chunk, slice(count))
             chunks.append(chunk)
             count -= size
-        return joined(chunks)
+        return loading.joined(chunks)
 
     def _next_item(self) -> Any:
         if not self._loaded:
             _, items = self._next_chunk()
-            if isinstance(items, Packed):
+            if isinstance(items, loading.Packed):
                 items = items.unpacked()
             self._loaded.extend(items)
         return self._loaded.popleft()
@@ -301,19 +252,18 @@ class AdaptiveBatches(ExampleStream):
         return take_rows(self._collated(items, 0, self._num_examples), slice(0, 0), 1)
 
     def _collated(self, items: Any, epoch: int, position: int) -> Any:
-        """Return a batch of items on the device.
+        """Return a batch of items on the device; `collate_fn` draws by epoch and position alone.
 
-        The draws of `collate_fn` depend on epoch and position alone. Items outside the order of an
-        epoch have the position after the last.
+        Items outside the order of an epoch have the position after the last.
         """
         if self._collate is None:
-            return move(stacked(items), self._device)
+            return to_device(loading.stacked(items), self.device)
         with self._randomness.kept():
             self._randomness.seed(self._seed, "collate", epoch, position)
             batch = self._collate(items)
         if self._pin_memory:
             batch = map_tensors(lambda t: t.pin_memory(), batch)
-        return move(batch, self._device, non_blocking=self._pin_memory)
+        return to_device(batch, self.device, non_blocking=self._pin_memory)
 
     def _finished(self, batch: Any) -> Batch:
         batch = _as_tuple(batch)
@@ -329,7 +279,7 @@ class AdaptiveBatches(ExampleStream):
         self._loader = DataLoader(self._examples, **self._options)
 
     def rewind(self) -> None:
-        """Return to the first example of the current epoch."""
+        """Return to the first example of the current epoch, of which some may have been taken."""
         super().rewind()
         self._forget_chunks()  # an earlier iteration loaded them for a later position
 

@@ -14,8 +14,7 @@ class Source:
     """One official file of a data set.
 
     Attributes:
-        url: Address at which it is published.
-        md5: MD5 of the file, in hexadecimal.
+        url, md5: Address at which it is published, and its MD5 in hexadecimal.
         size: Size in bytes, 0 where it is not known beforehand.
         unpacks_to: Folder that an archive unpacks to; empty for a file that is used as it is.
     """
@@ -86,12 +85,16 @@ def default_root() -> Path:
     return in_home("~/.cache/hessianflow/data")
 
 
+def find_archive(root: Path, name: str) -> Path | None:
+    """Return the archive `name` in the folder `root`, or `root` where it is the archive itself."""
+    candidates = (path for path in (root / name, root) if path.name == name)
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def remedy(name: str) -> str:
     """Return the end of an error message, which says how to get the data set `name`."""
-    return (
-        f"get it with `hessianflow data fetch {name}` or from"
-        f" {' and '.join(s.url for s in SOURCES[name])}"
-    )
+    addresses = " and ".join(source.url for source in SOURCES[name])
+    return f"get it with `hessianflow data fetch {name}` or from {addresses}"
 
 
 def damaged(name: str, file: object, what: str) -> HessianFlowError:

@@ -8,39 +8,27 @@ not change the others.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import Batch, HessianFlowError
 
 T = TypeVar("T")
 
 Stream = Literal[
     "order", "crop", "flip", "cutout", "example", "sample", "collate", "held", "workers"
 ]
-_STREAM_KEYS: Mapping[Stream, int] = {
-    "order": 0,
-    "crop": 1,
-    "flip": 2,
-    "cutout": 3,
-    "example": 4,
-    "sample": 5,
-    "collate": 6,
-    "held": 7,
-    "workers": 8,
-}
+"""Random streams, in an order that seeds depend on: new ones go to the end."""
+_STREAMS = get_args(Stream)
 _STATE_KEYS = ("seed", "epoch", "cursor", "batch_size", "num_examples")
 
 
 def stream_seed(seed: int, stream: Stream, *key: int) -> int:
-    """Return a 63-bit seed for one named stream and key, such as an epoch or an example.
-
-    Seeds of different streams or keys are independent.
-    """
-    sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM_KEYS[stream], *key))
+    """Return a 63-bit seed, independent for each stream and key (such as an epoch)."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(stream), *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -53,9 +41,10 @@ class ExampleStream:
     """Position in an endless sequence of epochs over the examples; base of both kinds of batches.
 
     Iterating yields the rest of the current epoch, the last partial batch included, then enters
-    the next epoch. A batch that could not be made, because of an error of the data or an
-    interruption, is the next one. Without shuffling every iteration starts at the first example, as
-    evaluation needs it, until a state is loaded or a rank set: then it continues as well.
+    the next epoch (see :class:`hessianflow.interfaces.ResizableBatches`). All iterators share one
+    position: use one at a time. A batch that could not be made, because of an error of the data or
+    an interruption, is the next one. Without shuffling every iteration starts at the first example,
+    as evaluation needs it, until a state is loaded or a rank set: then it continues as well.
 
     With several ranks, a batch of n examples that starts at position p is cut into contiguous
     shards: rank r of w takes [p + n*r//w, p + n*(r+1)//w). All ranks see the same number of
@@ -73,7 +62,8 @@ class ExampleStream:
         batch_size: Examples per batch over all ranks, at most `num_examples` when shuffling (an
             update that asks for more would silently be smaller).
         seed: Seed of order and augmentation, non-negative.
-        shuffle: False visits the examples in the order they are stored (evaluation).
+        shuffle: False visits the examples in the order they are stored (evaluation), in batches
+            that may be larger than the set.
 
     Raises:
         HessianFlowError: There are no examples, the batch size is out of range, or the seed is
@@ -143,16 +133,20 @@ class ExampleStream:
         """Continue at the position of `state`, at its batch size.
 
         Raises:
-            HessianFlowError: The state is of other data or of another seed, incomplete or out of
-                range.
+            HessianFlowError: The state is of other data or seed, incomplete or out of range.
         """
         missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
             raise HessianFlowError(
                 f"this is no state of a data stream: it lacks {', '.join(missing)}"
             )
-        self._check_same(state, "num_examples", "examples", self._num_examples)
-        self._check_same(state, "seed", "as seed", self._seed)
+        for key, what in (("num_examples", "examples"), ("seed", "as seed")):
+            mine = self.state_dict()[key]
+            if state[key] != mine:
+                raise HessianFlowError(
+                    f"the saved data stream had {state[key]} {what}, this one has {mine}: cannot"
+                    " resume"
+                )
         epoch = int(state["epoch"])
         cursor = int(state["cursor"])
         if epoch < 0 or not 0 <= cursor <= self._num_examples:
@@ -168,8 +162,7 @@ class ExampleStream:
     def _handed_out(self, make: Callable[[int, int], T]) -> Iterator[T]:
         """Yield make(start, stop) of this rank's shard of each batch left in the epoch.
 
-        The cursor moves before a batch is yielded, so a state taken while the batch is in use lies
-        after it.
+        The cursor moves before a batch is yielded: a state taken while it is in use lies after it.
         """
         self._warn_of_equal_ranks()
         if self._starts_over:
@@ -201,12 +194,13 @@ class ExampleStream:
         """Warn once if the ranks of the process group would all visit the same examples."""
         if self._is_shared or self._has_warned or not self._shuffle:
             return
-        if not distributed.is_available():
-            return
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        ranks = 1
+        if distributed.is_available() and distributed.is_initialized():
+            ranks = distributed.get_world_size()
+        if ranks > 1:
             self._has_warned = True
             warnings.warn(
-                f"each of the {distributed.get_world_size()} ranks of the process group goes"
+                f"each of the {ranks} ranks of the process group goes"
                 f" through all {self._num_examples} examples, in the same order: call"
                 f" set_shard(rank, world_size) on this {type(self).__name__}, or set_shard(0, 1) if"
                 " that is meant",
@@ -226,20 +220,28 @@ class ExampleStream:
         return half if left - half > 1 else left
 
     def _order(self) -> Tensor:
-        """Return the example at each position of the current epoch, int64 [num_examples] on the
-        CPU."""
+        """Return the example at each position of the epoch, int64 [num_examples] on the CPU."""
         if not self._shuffle:
             return torch.arange(self._num_examples)
-        return torch.randperm(
-            self._num_examples, generator=generator(self._seed, "order", self._epoch)
-        )
+        source = generator(self._seed, "order", self._epoch)
+        return torch.randperm(self._num_examples, generator=source)
 
-    def _sampled_indices(self, count: int, seed: int) -> Tensor:
+    def sample(self, count: int, seed: int = 0) -> Batch:
+        """Return `count` different examples chosen by `seed` alone, for a curvature probe.
+
+        Raises:
+            HessianFlowError: `count` is below 1 or above the number of examples.
+        """
         if not 1 <= count <= self._num_examples:
             raise HessianFlowError(
                 f"count must lie between 1 and the {self._num_examples} examples, got {count}"
             )
-        return torch.randperm(self._num_examples, generator=generator(seed, "sample"))[:count]
+        order = torch.randperm(self._num_examples, generator=generator(seed, "sample"))
+        return self.examples(order[:count])
+
+    def examples(self, indices: Tensor) -> Batch:
+        """Return the examples at `indices` (int64 [n]); the stream does not move."""
+        raise NotImplementedError
 
     def _checked_batch_size(self, batch_size: int) -> int:
         if batch_size < 1:
@@ -252,10 +254,3 @@ class ExampleStream:
                 f" {batch_size}: choose a smaller batch, or a smaller maximum for the controller"
             )
         return int(batch_size)
-
-    @staticmethod
-    def _check_same(state: Mapping[str, Any], key: str, what: str, mine: int) -> None:
-        if state[key] != mine:
-            raise HessianFlowError(
-                f"the saved data stream had {state[key]} {what}, this one has {mine}: cannot resume"
-            )

@@ -34,15 +34,14 @@ def read_svhn(
     """
     name = "svhn-extra" if split == "extra" else "svhn"
     source = next(s for s in SOURCES[name] if s.file.startswith(split))
-    paths = [
-        folder / source.file for folder in (root, root / "svhn") if (folder / source.file).is_file()
-    ]
-    if not paths:
+    candidates = (folder / source.file for folder in (root, root / "svhn"))
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
         raise HessianFlowError(f"no {source.file} under {root}; {remedy(name)}")
-    images, labels = _arrays(name, paths[0], records[split])
+    images, labels = _arrays(name, path, records[split])
     if not np.isin(labels, range(1, 11)).all():
         content = f"{labels.size} labels from {labels.min()} to {labels.max()}"
-        raise damaged(name, paths[0], f"y holds {content}, expected {records[split]} from 1 to 10")
+        raise damaged(name, path, f"y holds {content}, expected {records[split]} from 1 to 10")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return pixels, torch.from_numpy(labels.reshape(-1).astype(np.int64) % 10)
 
@@ -74,8 +73,5 @@ def _check_header(name: str, path: Path, array: MatArray, count: int) -> None:
         return
     size = math.prod(array.shape)
     if size != count or array.kind not in NUMBERS:
-        raise damaged(
-            name,
-            path,
-            f"y holds {size} labels of type {array.kind}, expected {count} numbers from 1 to 10",
-        )
+        content = f"{size} labels of type {array.kind}"
+        raise damaged(name, path, f"y holds {content}, expected {count} numbers from 1 to 10")

@@ -6,28 +6,23 @@ a few bytes can make it loop, or read as much as a header asks for.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hessianflow.data.inflate import Source
+from hessianflow.data.files import Source
 
 _BLOCK = 512
 _PIECE = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-"""Largest size of a long name or a list of attributes. This default is our choice: eight times the
-size that a name and a link need."""
+"""Largest long name or list of attributes: our choice, eight times what a name and a link need."""
 MAX_HEADERS = 1 << 18
-"""Most headers of an archive. This default is our choice: twice as many as the largest data set
-has."""
+"""Most headers of an archive: our choice, twice as many as the largest data set has."""
+
+Kind = Literal["file", "folder", "other"]
 
 _OCTAL = re.compile(rb" *([0-7]*) *")
-_KINDS: dict[bytes, Literal["file", "folder"]] = {
-    b"0": "file",
-    b"\0": "file",
-    b"7": "file",
-    b"5": "folder",
-}
+_KINDS: dict[bytes, Kind] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder"}
 _WITHOUT_CONTENT = frozenset(b"123456")
 
 
@@ -36,18 +31,21 @@ class TarReadError(ValueError):
 
 
 @dataclass(frozen=True)
-class TarMember:
-    """One member, as its headers describe it.
+class Member:
+    """One member of an archive, as its headers describe it.
 
     Attributes:
-        name: Name as stored; bytes that are no UTF-8 become surrogate escapes.
+        name: Name as stored; in a tar, bytes that are no UTF-8 become surrogate escapes.
         size: Size in bytes.
         kind: "file", "folder", or "other" (a link, a device, a sparse file, or unknown).
+        blocks: Function that yields the content in pieces, no more than `size` bytes in all, while
+            the archive is at this member.
     """
 
     name: str
     size: int
-    kind: Literal["file", "folder", "other"]
+    kind: Kind
+    blocks: Callable[[], Iterator[bytes]]
 
 
 class TarReader:
@@ -67,7 +65,7 @@ class TarReader:
         self._budget = max_bytes
         self._left = 0
 
-    def __iter__(self) -> Iterator[TarMember]:
+    def __iter__(self) -> Iterator[Member]:
         overrides: dict[str, str] = {}
         for number in range(MAX_HEADERS):
             header = self._take(_BLOCK, may_end=number > 0)
@@ -91,10 +89,10 @@ class TarReader:
             self._left -= len(block)
             yield block
 
-    def _member(self, header: bytes, size: int, overrides: dict[str, str]) -> Iterator[TarMember]:
+    def _member(self, header: bytes, size: int, overrides: dict[str, str]) -> Iterator[Member]:
         flag = header[156:157]
         name = overrides.get("path") or _name(header)
-        kind: Literal["file", "folder", "other"] = _KINDS.get(flag, "other")
+        kind = _KINDS.get(flag, "other")
         if flag == b"\0" and name.endswith("/"):  # how the oldest archives store folders
             kind = "folder"
         if "size" in overrides:
@@ -105,7 +103,7 @@ class TarReader:
         if kind != "file":
             size = 0
         self._left = stored
-        yield TarMember(name, size, kind)
+        yield Member(name, size, kind, self.blocks)
         for _ in self.blocks():
             pass
         self._take(-stored % _BLOCK)
@@ -120,9 +118,7 @@ class TarReader:
             overrides["path"] = _text(content)
         elif flag == b"x":
             attributes = _attributes(content)
-            overrides.update(
-                {key: attributes[key] for key in ("path", "size") if key in attributes}
-            )
+            overrides |= {key: attributes[key] for key in ("path", "size") if key in attributes}
             if any(key.startswith("GNU.sparse") for key in attributes):
                 overrides["sparse"] = "yes"
 

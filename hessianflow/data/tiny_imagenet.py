@@ -16,7 +16,7 @@ from torch import Tensor
 from hessianflow.data.archives import DAMAGE, open_zip, zip_blocks
 from hessianflow.data.files import read_plain
 from hessianflow.data.images import decode_all
-from hessianflow.data.sources import damaged, one_line, remedy
+from hessianflow.data.sources import damaged, find_archive, one_line, remedy
 from hessianflow.interfaces import HessianFlowError
 
 NAME = "tiny-imagenet"
@@ -49,21 +49,23 @@ def read_tiny_imagenet(
         HessianFlowError: Files are missing or damaged, a number of classes or images is not as
             published, or Pillow is not installed.
     """
-    with _Files(root) as files:
+    files = _Files(root)
+    with files.to_close:
         classes = sorted(files.text("wnids.txt").split())
         if len(classes) != layout.num_classes:
-            raise damaged(
-                NAME, "wnids.txt", f"found {len(classes)} classes, expected {layout.num_classes}"
-            )
-        labelled = _train_files(files) if split == "train" else _test_files(files)
+            what = f"found {len(classes)} classes, expected {layout.num_classes}"
+            raise damaged(NAME, "wnids.txt", what)
+        if split == "train":
+            labelled = [(path, path.split("/")[1]) for path in files.paths("train")]
+        else:
+            labelled = _test_files(files)
         ranks = {wnid: rank for rank, wnid in enumerate(classes)}
         unknown = sorted({wnid for _, wnid in labelled} - ranks.keys())
         if unknown:
             raise damaged(NAME, split, f"class {unknown[0]!r} is not in wnids.txt")
         if len(labelled) != layout.images(split):
-            raise damaged(
-                NAME, split, f"found {len(labelled)} images, expected {layout.images(split)}"
-            )
+            what = f"found {len(labelled)} images, expected {layout.images(split)}"
+            raise damaged(NAME, split, what)
         images = decode_all([path for path, _ in labelled], files.content, side=64)
     return images, torch.tensor([ranks[wnid] for _, wnid in labelled]), tuple(classes)
 
@@ -73,55 +75,42 @@ class _Files:
 
     def __init__(self, root: Path) -> None:
         folders = [path for path in (root / FOLDER, root) if (path / "wnids.txt").is_file()]
-        archives = [
-            path for path in (root / ARCHIVE, root) if path.name == ARCHIVE and path.is_file()
-        ]
-        if not folders and not archives:
+        self._folder = next(iter(folders), root)
+        self._zip: ZipFile | None = None
+        self.to_close = ExitStack()
+        if folders:
+            return
+        archive = find_archive(root, ARCHIVE)
+        if archive is None:
             raise HessianFlowError(
                 f"no {NAME} under {root}: neither {FOLDER} nor {ARCHIVE} is there; {remedy(NAME)}"
             )
-        self._folder = next(iter(folders), None)
-        self._zip: ZipFile | None = None
-        self._to_close = ExitStack()
         try:
-            if self._folder is None:
-                self._zip = self._to_close.enter_context(open_zip(archives[0]))
+            self._zip = self.to_close.enter_context(open_zip(archive))
         except HessianFlowError:
             raise
         except DAMAGE as error:
-            raise damaged(NAME, archives[0], f"damaged archive ({one_line(error)})") from error
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._to_close.close()
+            raise damaged(NAME, archive, f"damaged archive ({one_line(error)})") from error
 
     def paths(self, below: str) -> list[str]:
         """Return every JPEG below a folder, sorted."""
         if self._zip is not None:
-            names = (name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist())
-            return sorted(
-                name for name in names if name.startswith(f"{below}/") and name.endswith(".JPEG")
-            )
-        assert self._folder is not None
+            names = [name.removeprefix(f"{FOLDER}/") for name in self._zip.namelist()]
+            start = f"{below}/"
+            return sorted(n for n in names if n.startswith(start) and n.endswith(".JPEG"))
         try:
-            return sorted(
-                path.relative_to(self._folder).as_posix()
-                for path in (self._folder / below).rglob("*.JPEG")
-            )
+            paths = list((self._folder / below).rglob("*.JPEG"))
         except RecursionError:
             raise damaged(NAME, self._folder / below, "folders are nested too deep") from None
+        return sorted(path.relative_to(self._folder).as_posix() for path in paths)
 
     def content(self, path: str) -> bytes:
-        """Return the bytes of one member."""
         try:
             if self._zip is not None:
                 member = self._zip.getinfo(f"{FOLDER}/{path}")
                 if member.file_size > MAX_IMAGE_BYTES:
                     raise damaged(NAME, path, f"larger than {MAX_IMAGE_BYTES} bytes")
                 return b"".join(zip_blocks(self._zip, member))
-            assert self._folder is not None
             return read_plain(self._folder / path, MAX_IMAGE_BYTES)
         except HessianFlowError:
             raise
@@ -133,28 +122,17 @@ class _Files:
             raise damaged(NAME, path, f"damaged in the archive ({one_line(error)})") from error
 
     def text(self, path: str) -> str:
-        """Return the text of one member."""
         return self.content(path).decode("utf-8", errors="replace")
-
-
-def _train_files(files: _Files) -> list[tuple[str, str]]:
-    """Return (path, class identifier) of every training image."""
-    return [(path, path.split("/")[1]) for path in files.paths("train")]
 
 
 def _test_files(files: _Files) -> list[tuple[str, str]]:
     """Return (path, class identifier) of every validation image, in the annotated order."""
-    rows = [
-        line.split("\t")
-        for line in files.text("val/val_annotations.txt").splitlines()
-        if line.strip()
-    ]
-    short = [row for row in rows if len(row) < 2]
-    if short:
-        raise damaged(
-            NAME, "val/val_annotations.txt", f"line {short[0]!r} has no tab between file and class"
-        )
-    outside = [row[0] for row in rows if not row[0].strip(".") or set(row[0]) & set("/\\\0")]
-    if outside:
-        raise damaged(NAME, "val/val_annotations.txt", f"{outside[0]!r} is not the name of a file")
+    source = "val/val_annotations.txt"
+    rows = [line.split("\t") for line in files.text(source).splitlines() if line.strip()]
+    for row in rows:
+        if len(row) < 2:
+            raise damaged(NAME, source, f"line {row!r} has no tab between file and class")
+    for name, *_ in rows:
+        if not name.strip(".") or set(name) & set("/\\\0"):
+            raise damaged(NAME, source, f"{name!r} is not the name of a file")
     return [(f"val/images/{row[0]}", row[1]) for row in rows]

@@ -1,9 +1,8 @@
 """Read the pickles of the CIFAR archives without running them.
 
 A pickle is a program: its instructions call whatever function they name, with whatever arguments.
-This reader executes only the few instructions that such a file needs, on objects of its own:
-numbers, strings, lists, dicts, and arrays of uint8 made from their shape and bytes. Everything else
-is refused.
+This reader executes only the few instructions that such a file needs, on objects of its own
+(numbers, strings, lists, dicts, and arrays of uint8), and refuses everything else.
 """
 
 import math
@@ -18,8 +17,7 @@ from hessianflow.data.sources import one_line
 from hessianflow.interfaces import HessianFlowError
 
 _DTYPE_STATE = (3, "|", None, None, None, -1, -1, 0)
-"""State that NumPy writes for a plain one-byte type: version, byte order, no fields, no alignment.
-"""
+"""What NumPy writes of a plain one-byte type: version, byte order, no fields, no alignment."""
 
 
 def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
@@ -47,8 +45,11 @@ def load_arrays(content: bytes, origin: str) -> dict[str, Any]:
 
 
 _DAMAGE = (ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError)
-"""Errors of pickletools, which decodes the instructions, and of instructions that find other
-objects than they need."""
+"""Errors of pickletools, which decodes, and of instructions on other objects than they need."""
+
+
+_MARK = object()
+"""What stands on the stack where the arguments of an instruction begin."""
 
 
 class _Function:
@@ -68,10 +69,6 @@ class _Array:
     value: NDArray[np.uint8] | None = None
 
 
-class _Mark:
-    """A mark on the stack where the arguments of an instruction begin."""
-
-
 class _Machine:
     """The machine that executes a pickle: a stack, a memo, and a method per kind of instruction."""
 
@@ -81,7 +78,6 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, content: bytes) -> Any:
-        """Return the object that the pickle describes."""
         for instruction, argument, _ in pickletools.genops(content):
             if instruction.name == "PROTO":
                 continue
@@ -96,7 +92,6 @@ class _Machine:
         raise ValueError("it does not end")
 
     def push(self, value: Any) -> None:
-        """Put a value on the stack."""
         self._stack.append(value)
 
     def remember(self, number: int) -> None:
@@ -104,7 +99,6 @@ class _Machine:
         self._memo[number] = self._stack[-1]
 
     def recall(self, number: int) -> None:
-        """Put a numbered object on the stack."""
         self._stack.append(self._memo[number])
 
     def extend(self, items: list[Any]) -> None:
@@ -154,23 +148,20 @@ class _Machine:
     def above_mark(self) -> list[Any]:
         """Take the objects above the last mark from the stack, and the mark."""
         items = []
-        while not isinstance(item := self._stack.pop(), _Mark):
+        while (item := self._stack.pop()) is not _MARK:
             items.append(item)
         return items[::-1]
 
 
-_PUSH = dict.fromkeys(
-    ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE"),
-    _Machine.push,
-)
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
-    **_PUSH,
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG1"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING", "BINUNICODE"), _Machine.push),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "MARK": lambda machine, _: machine.push(_Mark()),
+    "MARK": lambda machine, _: machine.push(_MARK),
     "BINPUT": _Machine.remember,
     "LONG_BINPUT": _Machine.remember,
     "BINGET": _Machine.recall,
@@ -218,14 +209,10 @@ _FUNCTIONS: Mapping[str, Callable[..., Any] | None] = {
 
 
 def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> NDArray[np.uint8]:
-    """Return an array from the state that NumPy wrote."""
     if version != 1 or not isinstance(dtype, _UInt8) or type(by_columns) not in (bool, int):
         raise ValueError("an array in another form than NumPy writes")
-    if not (
-        type(shape) is tuple
-        and len(shape) == 2
-        and all(type(side) is int and side >= 0 for side in shape)
-    ):
+    sides: tuple[int, ...] = shape if type(shape) is tuple else ()
+    if len(sides) != 2 or not all(type(side) is int and side >= 0 for side in sides):
         raise ValueError("an array that does not have two dimensions")
     if isinstance(raw, str):
         raw = raw.encode("latin1")
@@ -233,8 +220,8 @@ def _array(version: Any, shape: Any, dtype: Any, by_columns: Any, raw: Any) -> N
         raise ValueError("an array of another number of bytes than its shape needs")
     numbers = np.frombuffer(raw, dtype=np.uint8)
     if by_columns:
-        return numbers.reshape(shape, order="F")
-    return numbers.reshape(shape)
+        return numbers.reshape(sides, order="F")
+    return numbers.reshape(sides)
 
 
 def _values(record: Any) -> dict[str, Any]:
@@ -250,9 +237,8 @@ def _values(record: Any) -> dict[str, Any]:
             kinds = {type(value)}
             allowed.add(np.ndarray)
         if len(kinds) > 1 or not kinds <= allowed:
-            raise ValueError(
-                f"{key[:40]!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
-            )
+            found = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"{key[:40]!r} holds {found}")
         values[key] = value
     return values
 

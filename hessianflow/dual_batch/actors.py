@@ -18,11 +18,7 @@ class ServerActor:
         self._state = state
 
     def members(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Build the server, before any other method is called.
-
-        Returns:
-            The commits so far, all workers, and those that wait.
-        """
+        """Build the server, before all else; return its commits, all workers, those that wait."""
         # In a constructor, Ray would hide the error of a server that cannot be built.
         self._server = self._make()
         if self._state is not None:

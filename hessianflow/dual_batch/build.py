@@ -16,7 +16,6 @@ from hessianflow.choices import build_stages
 from hessianflow.config import RunConfig, to_dict
 from hessianflow.control import Stage, TimeModel, dual_batch_plan
 from hessianflow.dual_batch.local_training import FlatWeights
-from hessianflow.dual_batch.timing import times_of
 from hessianflow.dual_batch.trainer import DualBatchTask, DualBatchTrainer
 from hessianflow.dual_batch.transports import OnRay, Simulated, Transport
 from hessianflow.dual_batch.workers import (
@@ -27,6 +26,7 @@ from hessianflow.dual_batch.workers import (
     options_of,
     rate_at,
     resources_of,
+    times_of,
     worker_of,
 )
 from hessianflow.interfaces import HessianFlowError, RecordSink
@@ -40,8 +40,8 @@ def build_dual_batch(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Dua
     Step times are given, or recorded in the run directory, or else measured here.
 
     Raises:
-        HessianFlowError: Data or model do not fit (see :func:`hessianflow.build.build_trainer`), no
-            plan meets the options, or Ray cannot be reached.
+        HessianFlowError: As :func:`hessianflow.build.build_trainer`; or no plan meets the options,
+            or Ray cannot be reached.
     """
     parts = build_parts(config)
     stages = all_stages(config, parts)
@@ -82,8 +82,7 @@ def plan_schedule(
     """Return a plan for each resolution.
 
     Raises:
-        HessianFlowError: There is no such plan, or a batch is larger than the examples of a worker
-            in an epoch.
+        HessianFlowError: There is none, or a batch exceeds the examples of a worker in an epoch.
     """
     options = options_of(config)
     plans = {}
@@ -115,13 +114,9 @@ def _transport(config: RunConfig, parts: Parts, schedule: StagePlan) -> Transpor
     plan = schedule.at(0)[1]
     server = partial(make_server, FlatWeights(parts.model).read(), plan, options.synchrony)
     if options.server == "ray":
-        return OnRay(
-            server,
-            partial(make_worker, config, schedule),
-            options.workers,
-            resources_of(config),
-            config.ray_address,
-        )
+        worker = partial(make_worker, config, schedule)
+        resources = resources_of(config)
+        return OnRay(server, worker, options.workers, resources, config.ray_address)
 
     def seconds(worker: int, epoch: int) -> float:
         return schedule.at(epoch)[1].workers[worker].seconds

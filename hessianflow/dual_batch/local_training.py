@@ -10,7 +10,7 @@ and loses it).
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import count, islice
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessianflow.batches import move
+from hessianflow.batches import to_device
 from hessianflow.control import WorkerPlan
 from hessianflow.dual_batch.server import Weights
 from hessianflow.interfaces import (
@@ -35,15 +35,13 @@ from hessianflow.interfaces import (
 from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.runs.optimizer_states import check_optimizer, keeping_options
 from hessianflow.runs.states import restoring
+from hessianflow.structure import entries, mapped, rebuilt
 from hessianflow.training import checkpoint
 from hessianflow.training.accumulate import GradientAccumulator
 
 
 class FlatWeights:
-    """All floating-point weights and buffers of a model as one array on the host.
-
-    They are in the order of the model's state.
-    """
+    """All floating-point weights and buffers of a model, in its state's order, as one array."""
 
     def __init__(self, model: nn.Module) -> None:
         state = model.state_dict(keep_vars=True).values()
@@ -55,11 +53,7 @@ class FlatWeights:
         return flat
 
     def check(self, weights: Tensor) -> None:
-        """Refuse saved weights of another number or type.
-
-        Raises:
-            HessianFlowError: The weights differ; the message says how.
-        """
+        """Refuse saved weights of another number or type."""
         kind = torch.from_numpy(self.read()).dtype
         shape = (sum(t.numel() for t in self._tensors),)
         if weights.shape != shape or weights.dtype != kind:
@@ -83,10 +77,9 @@ class Course:
     """The course of a run for one worker.
 
     Attributes:
-        plan_at: Function that returns the worker's plan (examples, batch size) of an epoch.
-        rate_at: Function that returns the learning rate of an epoch.
-        worker: Number of this worker.
-        workers: Number of all workers.
+        plan_at, rate_at: Functions that return the worker's plan (examples, batch size) and the
+            learning rate of an epoch.
+        worker, workers: Number of this worker, and how many there are.
         epochs: Epochs of the run.
     """
 
@@ -112,8 +105,7 @@ class LocalTraining:
         transform: Transform that resizes the batches; None for full resolution throughout.
         course: Plans and learning rates of this worker.
         microbatch_size: Examples per forward pass; None for the whole batch.
-        norm_batch_size: Examples that batch normalisation sees at once; None for those of the
-            forward pass.
+        norm_batch_size: Examples normalised at once; None for those of the forward pass.
 
     Attributes:
         figures: Figures of the last local epoch: loss (mean), weight (its divisor), correct,
@@ -146,10 +138,7 @@ class LocalTraining:
         self.figures: Mapping[str, float] = {}
 
     def __call__(self, weights: Weights, epoch: int) -> Weights:
-        """Return the weights after one local epoch with the plan, rate and resolution of `epoch`.
-
-        It begins with `weights`.
-        """
+        """Return what one local epoch from `weights`, as `epoch` has it, makes of them."""
         # A worker may begin another local epoch before the last push of the run arrives.
         epoch = min(epoch, self._course.epochs - 1)
         began = time.perf_counter()
@@ -178,10 +167,7 @@ class LocalTraining:
         return new_weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Return optimizer, loss scale (fp16) and count of local epochs, but no weights.
-
-        The server has those.
-        """
+        """Return optimizer, loss scale (fp16) and count of local epochs; the server has weights."""
         return {
             "next": self._next,
             "optimizer": checkpoint.plain(self._optimizer.state_dict()),
@@ -238,7 +224,7 @@ class LocalTraining:
         self._model.train()
         with ghost_normalisation(self._model, self._norm_batch_size):
             for batch in islice(self._data, plan.steps):
-                inputs, targets = move(batch, self._device, non_blocking=True)
+                inputs, targets = to_device(batch, self._device, non_blocking=True)
                 if self._transform is not None:
                     inputs, targets = self._transform(inputs, targets, progress)
                 result = self._accumulate((inputs, targets), self._microbatch_size)
@@ -249,9 +235,11 @@ class LocalTraining:
 
 def checkable(state: Any) -> Any:
     """Return a nested state with tensors in place of arrays, as checkpoints need it."""
-    if isinstance(state, np.ndarray):
-        return torch.from_numpy(state.copy())
-    return _mapped(checkable, state)
+
+    def checked(leaf: Any) -> Any:
+        return torch.from_numpy(leaf.copy()) if isinstance(leaf, np.ndarray) else leaf
+
+    return mapped(checked, state)
 
 
 def with_arrays(state: Any) -> Any:
@@ -260,12 +248,5 @@ def with_arrays(state: Any) -> Any:
         return state
     if isinstance(state, Tensor):
         return state.numpy()
-    return _mapped(with_arrays, state)
-
-
-def _mapped(function: Callable[[Any], Any], state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {key: function(value) for key, value in state.items()}
-    if isinstance(state, Sequence) and not isinstance(state, str):
-        return type(state)(function(value) for value in state)  # type: ignore[call-arg]
-    return state
+    values = entries(state)
+    return state if values is None else rebuilt(state, [with_arrays(value) for value in values])

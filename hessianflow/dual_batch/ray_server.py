@@ -2,26 +2,24 @@
 
 Weights go as one flat array from worker to server and back through Ray's object store. A worker
 that dies or hangs is started again from the server's weights, without waiting for it; no push of
-another worker is lost. A server that dies is started again from its last snapshot, and the commits
-since then are made again.
+another worker is lost. A server that dies is started again from its last snapshot.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from hessianflow.distributed.ray_session import answer, connect, endings, told_in_one_line
 from hessianflow.dual_batch.actors import ServerActor, WorkerActor
 from hessianflow.dual_batch.server import ParameterServer, Receipt, Weights
-from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch
+from hessianflow.dual_batch.simulated_server import Commit, LocalEpoch, release
 from hessianflow.interfaces import HessianFlowError
 
 START_SECONDS = 120.0
-"""Time for a new worker process to start, in addition to that of its first local epoch. This
-default is our choice."""
+"""Time for a new worker process to start, besides that of its first local epoch: our choice."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +63,23 @@ def train_on_ray(
 ) -> ServerSession:
     """Run workers against a server, each in its own process, until it has received the commits.
 
+    For `commits`, `on_commit` and `should_stop` see
+    :func:`~hessianflow.dual_batch.simulated_server.simulate`.
+
     Args:
         make_server: Function that builds the server with all its workers, in the server's process.
         make_worker: Function that builds a worker's local training by its number, in the worker's
             process.
-        commits: Number of all pushes; the papers use epochs times workers.
         snapshot_commits: Number of commits between two snapshots. This default is our choice.
         timeout_seconds: Time after which a local epoch counts as hung.
         max_restarts: Restarts of workers and of the server, together, after which the run gives up.
             This default is our choice.
         resources: Resources of each worker.
         address: Address of a Ray cluster; None for a local one.
-        on_snapshot: Function called with each snapshot, to write it to disk.
+        on_snapshot: Function called with each snapshot of the server, to write it to disk.
         resume_from: Snapshot to start from.
-        on_commit: Function called after each push.
         on_event: Function called with every event as it happens, and the number of commits that
             still count (fewer if the server died).
-        should_stop: Function called after each push, which returns whether to take a last snapshot
-            and stop.
 
     Raises:
         HessianFlowError: Ray is not installed or failed, there were too many restarts, or the
@@ -122,8 +119,6 @@ def train_on_ray(
 
 @dataclass(frozen=True)
 class _Training:
-    """A local epoch that a worker is training."""
-
     worker: int
     started: float
     deadline: float
@@ -155,7 +150,6 @@ class _Supervisor:
         self._snapshot = None if snapshot is None else ray.put(snapshot)
         self._began = time.monotonic()
         self._workers: dict[int, Any] = {}
-        self._last: dict[int, int] = {}
         self._running: dict[Any, _Training] = {}
         self.server: Any = None
         self.events: list[str] = []
@@ -164,7 +158,6 @@ class _Supervisor:
         self.commits = 0
 
     def start(self) -> None:
-        """Start the server and all workers."""
         self._start_server()
         self._resumed_at = self.commits
 
@@ -180,10 +173,9 @@ class _Supervisor:
         except self._endings:
             self._replace(training.worker, "died")
             return None
+        pushed = self.server.push.remote(training.worker, training.weights)
         try:
-            receipt: Receipt = self._answer(
-                self.server.push.remote(training.worker, training.weights)
-            )
+            receipt: Receipt = self._answer(pushed)
         except self._endings:
             self._restore_server()
             return None
@@ -211,7 +203,6 @@ class _Supervisor:
             on_snapshot(value)
 
     def close(self) -> None:
-        """End the processes of all actors."""
         for actor in [self.server, *self._workers.values()]:
             if actor is not None:
                 self._ray.kill(actor)
@@ -220,28 +211,15 @@ class _Supervisor:
         self, training: _Training, receipt: Receipt, figures: Mapping[str, float]
     ) -> Commit:
         now = self._now()
-        worker = training.worker
         self.commits += 1
-        self._last[worker] = len(self.timeline)
-        self.timeline.append(
-            Commit(
-                worker,
-                training.started,
-                now,
-                math.nan,
-                receipt.staleness,
-                training.epoch,
-                figures,
-            )
-        )
+        told = (receipt.staleness, training.epoch, figures)
+        self.timeline.append(Commit(training.worker, training.started, now, math.nan, *told))
         self._release(receipt.released, now)
-        return self.timeline[self._last[worker]]
+        return self.timeline[-1]
 
     def _release(self, workers: Iterable[int], now: float) -> None:
         for worker in workers:
-            if worker in self._last:
-                index = self._last[worker]
-                self.timeline[index] = replace(self.timeline[index], released=now)
+            release(self.timeline, worker, now)
             self._train(worker)
 
     def _now(self) -> float:
@@ -281,7 +259,6 @@ class _Supervisor:
         self._start_server()
         self._count_restart(f"server died after {died_at} commits; back to {self.commits}")
         del self.timeline[self.commits - self._resumed_at :]
-        self._last = {commit.worker: index for index, commit in enumerate(self.timeline)}
 
     def _start_server(self) -> None:
         """Start the server, from the last snapshot if there is one, and the local epochs."""
@@ -300,10 +277,7 @@ class _Supervisor:
             self._train(worker)
 
     def _start_workers(self, workers: Iterable[int]) -> None:
-        """Start and build all workers before the clock starts.
-
-        A failure is noticed at the worker's first local epoch.
-        """
+        """Start and build all workers, then the clock; a failure is noticed in the first epoch."""
         self._workers = {worker: self._new_worker(worker) for worker in workers}
         ready = [actor.ready.remote() for actor in self._workers.values()]
         self._ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)

@@ -23,12 +23,13 @@ open round.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError
 
 Weights = npt.NDArray[Any]
@@ -90,14 +91,8 @@ class ParameterServer:
     commits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.synchrony not in get_args(Synchrony):
-            raise HessianFlowError(
-                f"synchrony must be one of {', '.join(get_args(Synchrony))}, got {self.synchrony!r}"
-            )
-        if self.mixing not in get_args(Mixing):
-            raise HessianFlowError(
-                f"mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}"
-            )
+        check_choice("synchrony", self.synchrony, get_args(Synchrony))
+        check_choice("mixing", self.mixing, get_args(Mixing))
         if self.staleness < 0:
             raise HessianFlowError(f"staleness must be at least 0, got {self.staleness}")
         if not self.factors:
@@ -133,11 +128,7 @@ class ParameterServer:
         self._workers[worker] = _Worker(factor, behind, self.commits)
 
     def remove(self, worker: int) -> tuple[int, ...]:
-        """Remove a worker that died, and return the workers that this releases from an open round.
-
-        Raises:
-            HessianFlowError: The worker is unknown.
-        """
+        """Remove a worker that died; return the workers that this releases from an open round."""
         self._known(worker)
         del self._workers[worker]
         return self._close_round()
@@ -176,12 +167,8 @@ class ParameterServer:
         return {
             "weights": self.weights.copy(),
             "commits": self.commits,
-            "workers": {
-                number: (w.factor, w.commits, w.pulled_at) for number, w in self._workers.items()
-            },
-            "round": {
-                number: (factor, pushed.copy()) for number, (factor, pushed) in self._round.items()
-            },
+            "workers": {number: astuple(worker) for number, worker in self._workers.items()},
+            "round": {n: (factor, w.copy()) for n, (factor, w) in self._round.items()},
             "in_round": self._in_round,
         }
 
@@ -200,10 +187,7 @@ class ParameterServer:
         self.commits = state["commits"]
         self._in_round = state["in_round"]
         self._workers = {number: _Worker(*values) for number, values in state["workers"].items()}
-        self._round = {
-            number: (factor, np.array(pushed))
-            for number, (factor, pushed) in state["round"].items()
-        }
+        self._round = {n: (factor, np.array(w)) for n, (factor, w) in state["round"].items()}
 
     def _known(self, worker: int) -> _Worker:
         if worker not in self._workers:

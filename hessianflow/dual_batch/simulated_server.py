@@ -41,14 +41,13 @@ def figures_of(local_epoch: LocalEpoch) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Commit:
-    """A push on the timeline.
+    """A push on the timeline. Times are in seconds.
 
     Attributes:
         worker: Number of the worker.
-        started: Time of its pull, in seconds.
-        finished: Time of its push, in seconds.
-        released: Time at which it could continue, in seconds; later than `finished` if it had to
-            wait, nan while it waits.
+        started, finished: Times of its pull and of its push.
+        released: Time at which it could continue; later than `finished` if it had to wait, nan
+            while it waits.
         staleness: Commits of other workers in between.
         epoch: Epoch of its learning rate.
         figures: Figures of the worker's local epoch.
@@ -61,6 +60,14 @@ class Commit:
     staleness: int
     epoch: int
     figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def release(timeline: list[Commit], worker: int, now: float) -> None:
+    """Note that a worker continues at `now`, if its last push is on the timeline."""
+    for index in range(len(timeline) - 1, -1, -1):
+        if timeline[index].worker == worker:
+            timeline[index] = replace(timeline[index], released=now)
+            return
 
 
 def simulate(
@@ -84,10 +91,10 @@ def simulate(
             epoch, including push and pull.
         commits: Number of all pushes to the server; the papers use epochs times workers.
         on_commit: Function called after each push; its time does not count.
-        snapshot_commits: Number of commits between two calls of `on_snapshot`. None: it is called
-            only when stopped.
+        snapshot_commits: Commits between two calls of `on_snapshot`; None for one when stopped.
         on_snapshot: Function called with the whole state: numbers, lists, dicts and arrays.
-        should_stop: Function called after each push, which returns whether to stop.
+        should_stop: Function called after each push, which returns whether to take a last snapshot
+            and stop.
         resume_from: Snapshot to continue from.
 
     Returns:
@@ -131,7 +138,6 @@ class _Simulation:
         self._seconds = seconds
         self._events: list[tuple[float, int]] = []
         self._running: dict[int, tuple[float, int, Weights]] = {}
-        self._last: dict[int, int] = {}
         self.timeline: list[Commit] = []
 
     def start(self, worker: int, now: float) -> None:
@@ -151,20 +157,14 @@ class _Simulation:
         started, epoch, weights = self._running.pop(worker)
         local_epoch = self._workers[worker]
         receipt = self._server.push(worker, local_epoch(weights, epoch))
-        self._last[worker] = len(self.timeline)
-        figures = figures_of(local_epoch)
-        self.timeline.append(
-            Commit(worker, started, now, math.nan, receipt.staleness, epoch, figures)
-        )
+        told = (receipt.staleness, epoch, figures_of(local_epoch))
+        self.timeline.append(Commit(worker, started, now, math.nan, *told))
         for released in receipt.released:
-            if released in self._last:  # otherwise it pushed before an interruption
-                index = self._last[released]
-                self.timeline[index] = replace(self.timeline[index], released=now)
+            release(self.timeline, released, now)
             self.start(released, now)
-        return self.timeline[self._last[worker]]
+        return self.timeline[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the simulation between two pushes."""
         return {
             "server": self._server.state_dict(),
             "events": list(self._events),
@@ -173,12 +173,9 @@ class _Simulation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the result of :meth:`state_dict`."""
         self._server.load_state_dict(state["server"])
         self._events = [(time, worker) for time, worker in state["events"]]
-        self._running = {
-            number: (began, epoch, w) for number, (began, epoch, w) in state["running"].items()
-        }
+        self._running = {number: tuple(saved) for number, saved in state["running"].items()}
         stateful = self._stateful()
         for number, saved in state["workers"].items():
             stateful[number].load_state_dict(saved)

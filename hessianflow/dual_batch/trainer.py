@@ -37,12 +37,11 @@ class DualBatchTask:
 
     Attributes:
         model: Model into which the server's weights are copied to evaluate and save them.
-        eval_data: Data of the evaluation after every epoch.
-        loss_fn: Loss function of the evaluation.
+        eval_data, loss_fn: Data and loss of the evaluation after every epoch.
         recalibrate: Function that measures the model's statistics of normalisation at full
             resolution.
-        stage_at: Function that returns the stage and the plan of an epoch.
-        rate_at: Function that returns the learning rate of an epoch.
+        stage_at, rate_at: Functions that return the stage and the plan, and the learning rate, of
+            an epoch.
         workers: Number of workers.
         epochs: Passes over the training data, each with as many pushes as there are workers.
         examples: Number of training examples.
@@ -115,8 +114,7 @@ class DualBatchTrainer:
         """Train for all epochs and return the records.
 
         Raises:
-            HessianFlowError: The run directory is in use or cannot be written, or the loss is no
-                longer finite.
+            HessianFlowError: The run directory cannot be used, or the loss is no longer finite.
         """
         self._record.start(self._config)
         try:
@@ -157,11 +155,7 @@ class DualBatchTrainer:
         return Progress(epoch, counters.examples, counters.updates, task.examples, task.epochs)
 
     def _restore(self, folder: Path) -> tuple[Snapshot | None, str | None]:
-        """Restore the newest usable checkpoint.
-
-        Returns:
-            The server's snapshot in it, and a warning if it is not the last checkpoint.
-        """
+        """Restore the newest usable checkpoint; return its snapshot, and a warning if it is old."""
         self._record.hold(folder)
         kept = folder / CHECKPOINTS
         source = f"the checkpoint in {folder}"
@@ -193,13 +187,8 @@ class DualBatchTrainer:
         )
         try:
             self._transport(self._task.epochs * self._task.workers, listener, resume_from)
-            summary = summary_of(
-                self._record.history(),
-                self.progress,
-                self._decision(),
-                self._seconds(),
-                self._device,
-            )
+            state = (self.progress, self._decision(), self._seconds())
+            summary = summary_of(self._record.history(), *state, self._device)
             summary["clock_seconds"] = self._counters.clock
             summary["predicted_seconds"] = self._counters.predicted
             self._record.finish(summary)
@@ -209,9 +198,9 @@ class DualBatchTrainer:
 
     def _on_commit(self, commit: Commit) -> None:
         figures = commit.figures
-        self._counters = c = replace(
-            self._counters, commits=self._counters.commits + 1, clock=commit.finished
-        )
+        self._counters = c = replace(self._counters)
+        c.commits += 1
+        c.clock = commit.finished
         c.examples += int(figures["examples"])
         c.updates += int(figures["steps"])
         c.training_seconds += figures["seconds"]
@@ -225,20 +214,18 @@ class DualBatchTrainer:
         self._record.write(
             {
                 **self._header("commit"),
-                **{
-                    name: getattr(commit, name)
-                    for name in ("worker", "started", "finished", "staleness")
-                },
+                "worker": commit.worker,
+                "started": commit.started,
+                "finished": commit.finished,
+                "staleness": commit.staleness,
                 "rate_epoch": commit.epoch,
                 "resolution": stage.level.resolution,
                 **{name: figures[name] for name in ("batch_size", "steps", "loss", "seconds")},
             }
         )
         if figures["weight"] > 0 and not math.isfinite(figures["loss"]):
-            message = (
-                f"the training loss of worker {commit.worker} was not finite in epoch"
-                f" {commit.epoch + 1}"
-            )
+            where = f"worker {commit.worker} was not finite in epoch {commit.epoch + 1}"
+            message = f"the training loss of {where}"
             self._event("diverged", message)
             raise DivergenceError(f"{message}: lower the rate; {self._record.last_checkpoint()}")
 
@@ -249,10 +236,8 @@ class DualBatchTrainer:
         if self._counters.commits % self._task.workers == 0:
             self._finish_epoch()
         if self._stop_requested and self.progress.epoch < self._task.epochs:
-            self._event(
-                "preempted",
-                "stopped on request before the last epoch; `hessianflow resume` continues",
-            )
+            way_on = "`hessianflow resume` continues"
+            self._event("preempted", f"stopped on request before the last epoch; {way_on}")
         self._save(state)
 
     def _on_event(self, text: str, commits: int) -> None:

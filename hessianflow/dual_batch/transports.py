@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from hessianflow.distributed.ray_session import connect
 from hessianflow.dual_batch.ray_server import Resources, train_on_ray
@@ -33,12 +33,9 @@ class Listener:
     should_stop: Callable[[], bool]
 
 
-class Transport(Protocol):
-    """A way to train until the server has received a number of pushes."""
-
-    def __call__(self, commits: int, listener: Listener, resume_from: Snapshot | None) -> None:
-        """Train for `commits` pushes, from the beginning or from a snapshot."""
-        ...
+Transport = Callable[[int, Listener, Snapshot | None], None]
+"""Function that is called as transport(commits, listener, resume_from), and trains until the server
+has received `commits` pushes, from the beginning or from a snapshot."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Simulated:
 
     Attributes:
         make_server: Function that builds the server.
-        make_worker: Function that builds a worker's local training, by its number.
+        make_worker: Function that builds a worker's local training by its number.
         seconds: Function that is called as seconds(worker, epoch) and returns the time of a local
             epoch.
     """
@@ -76,14 +73,8 @@ class Simulated:
 class OnRay:
     """The transport with server and workers in processes of Ray, measured in wall time.
 
-    After a resumption, workers begin without momentum.
-
-    Attributes:
-        make_server: Function that builds the server, in its process.
-        make_worker: Function that builds a worker's local training, in its process.
-        workers: Number of workers.
-        resources: Resources of each worker.
-        address: Address of the cluster; None for a local one.
+    After a resumption, workers begin without momentum. The attributes are arguments of
+    :func:`~hessianflow.dual_batch.ray_server.train_on_ray`, and the number of workers.
     """
 
     make_server: Callable[[], ParameterServer]
@@ -96,18 +87,14 @@ class OnRay:
         """Train for `commits` pushes, from the beginning or from a snapshot."""
         with _own_signal_handlers():
             connect(self.address)
-        server_state = None
-        before = 0.0
-        if resume_from is not None:
-            server_state = resume_from["server"]
-            before = float(resume_from["clock"])
+        earlier = resume_from or {"server": None, "clock": 0.0}
+        before = float(earlier["clock"])
         clock = before
 
         def shifted(commit: Commit) -> None:
             nonlocal clock
-            times = {
-                name: getattr(commit, name) + before for name in ("started", "finished", "released")
-            }
+            names = ("started", "finished", "released")
+            times = {name: getattr(commit, name) + before for name in names}
             clock = times["finished"]
             listener.on_commit(replace(commit, **times))
 
@@ -125,17 +112,16 @@ class OnRay:
             on_snapshot=snapshot,
             on_event=listener.on_event,
             should_stop=listener.should_stop,
-            resume_from=server_state,
+            resume_from=earlier["server"],
         )
 
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
     """Restore the caller's signal handlers at the end, since Ray sets its own when it starts."""
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # only it may set handlers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.getsignal(number)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        handlers.clear()
     try:
         yield
     finally:

@@ -29,16 +29,17 @@ def build_elastic(config: RunConfig, sinks: Iterable[RecordSink] = ()) -> Elasti
     device = "cpu"
     if on_gpu:
         device = "cuda"
+    threads = config.threads or 1
     settings = ElasticSettings(
         config.min_workers or 1,
         config.max_workers or 8,
-        num_cpus=config.threads or 1,
+        num_cpus=threads,
         num_gpus=float(on_gpu),
         address=config.ray_address,
     )
-    own = replace(config, run_dir=None, tensorboard=False, device=device)
+    own = replace(config, run_dir=None, tensorboard=False, device=device, threads=threads)
     return ElasticTrainer(
-        partial(make_trainer, replace(own, threads=config.threads or 1)),
+        partial(make_trainer, own),
         settings,
         run_dir=config.run_dir,
         config={"settings": to_dict(config)},

@@ -14,22 +14,13 @@ from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
 
 GRACE_SECONDS = 5.0
-"""Time to wait for members that have not answered once another has failed. This default is our
-choice."""
+"""Time to wait, by our choice, for members that have not answered once another has failed."""
 
 
 class Cluster(WorkerPool):
-    """The workers of a run, whose members form the current generation of a group.
+    """A pool of workers whose members form the current generation of a group.
 
-    Args:
-        ray: Module of Ray, which is connected.
-        build: Function that makes the job, in each worker's process.
-        settings: Settings of the run.
-
-    Attributes:
-        members: Actors of the current generation.
-        pending: Newcomers.
-        last_error: Message of the last failure.
+    `last_error` is the message of the last failure.
     """
 
     def __init__(
@@ -69,11 +60,10 @@ class Cluster(WorkerPool):
     def run_until(
         self, updates: int, start: int, seconds: float
     ) -> tuple[JobReport, list[float], Sequence[Row]] | None:
-        """Train all members until `updates` updates, within `seconds`.
+        """Train all members until `updates` updates, within `seconds`; return None if one failed.
 
         Returns:
-            The report, each rank's seconds spent computing, and the records from number `start` on;
-            None if a member failed or took longer.
+            The report, each rank's seconds spent computing, and the records from number `start` on.
         """
         answers = self._ask("run_until", [(updates, start)] * len(self.members), seconds=seconds)
         if answers is None:
@@ -87,37 +77,23 @@ class Cluster(WorkerPool):
         return None if answers is None else answers[0]
 
     def bury(self) -> list[tuple[Literal["died", "hung"], str]]:
-        """Keep the survivors of a failure, the most advanced first, and end the other members.
-
-        Returns:
-            The fate of each member that was lost, and a description of it.
-        """
-        aborted = {
-            actor: actor.abort.remote() for actor in self.members if actor not in self._fates
-        }
-        answered = self._answers(aborted, time.monotonic() + GRACE_SECONDS, GRACE_SECONDS)
-        survivors = sorted(
-            (a for a in aborted if a in answered), key=lambda actor: -answered[actor]
-        )
+        """Keep the survivors, the most advanced first; return fate and description of the lost."""
+        aborted = {a: a.abort.remote() for a in self.members if a not in self._fates}
+        answered = self._answers(aborted, GRACE_SECONDS, GRACE_SECONDS)
+        survivors = [actor for actor in aborted if actor in answered]
         lost = [(self._fates[a], rank) for rank, a in enumerate(self.members) if a in self._fates]
         for actor in self._fates:
             self._ray.kill(actor)
-        self.members = survivors
+        self.members = sorted(survivors, key=lambda actor: -answered[actor])
         self._fates.clear()
-        return [
-            (fate, f"rank {rank} of generation {self._generation} {fate}") for fate, rank in lost
-        ]
+        group = f"of generation {self._generation}"
+        return [(fate, f"rank {rank} {group} {fate}") for fate, rank in lost]
 
     def take_snapshot(self) -> bool:
-        """Keep rank 0's state in the object store.
-
-        If rank 0 fails, return False; the previous snapshot stays.
-        """
+        """Keep rank 0's state in the object store; if it fails, return False and keep the last."""
         source = self.members[0]
         taken, snapshot = source.snapshot.options(num_returns=2).remote()
-        answers = self._answers(
-            {source: taken}, time.monotonic() + self._settings.timeout_seconds, 0.0
-        )
+        answers = self._answers({source: taken}, self._settings.timeout_seconds)
         self._snapshot_at = time.monotonic()
         if source in answers:
             self._snapshot = snapshot
@@ -126,17 +102,11 @@ class Cluster(WorkerPool):
     @property
     def snapshot_is_due(self) -> bool:
         """Return whether the last snapshot is old enough for a new one."""
-        return (
-            bool(self.members)
-            and time.monotonic() - self._snapshot_at > self._settings.snapshot_seconds
-        )
+        age = time.monotonic() - self._snapshot_at
+        return bool(self.members) and age > self._settings.snapshot_seconds
 
     def snapshot(self) -> Any:
-        """Return the state of the last snapshot.
-
-        Raises:
-            HessianFlowError: The snapshot is lost.
-        """
+        """Return the state of the last snapshot, and refuse to go on if it is lost."""
         try:
             return unpack(*self._ray.get(self._snapshot))
         except self._ray.exceptions.ObjectLostError as error:
@@ -155,9 +125,8 @@ class Cluster(WorkerPool):
         if self._snapshot is None:
             return True
         first = self.members[0]
-        patience = self._settings.timeout_seconds + GRACE_SECONDS
         asked = {first: first.restore.remote(self._snapshot)}
-        return first in self._answers(asked, time.monotonic() + patience, 0.0)
+        return first in self._answers(asked, self._settings.timeout_seconds + GRACE_SECONDS)
 
     def _ask(
         self,
@@ -169,8 +138,7 @@ class Cluster(WorkerPool):
     ) -> list[Any] | None:
         """Call a method of all members at once, and return their answers in the order of ranks.
 
-        The result is None if a member died, hung or failed recoverably. Any other error of a member
-        is its job's own and is raised.
+        It is None if a member died, hung or failed recoverably; any other error is raised.
         """
         if arguments is None:
             arguments = [()] * len(self.members)
@@ -180,7 +148,7 @@ class Cluster(WorkerPool):
             actor: getattr(actor, method).remote(*own)
             for actor, own in zip(self.members, arguments, strict=True)
         }
-        answers = self._answers(refs, time.monotonic() + seconds, GRACE_SECONDS, recoverable)
+        answers = self._answers(refs, seconds, GRACE_SECONDS, recoverable)
         if len(answers) < len(refs):
             return None
         return [answers[actor] for actor in self.members]
@@ -188,11 +156,12 @@ class Cluster(WorkerPool):
     def _answers(
         self,
         refs: dict[Any, Any],
-        deadline: float,
-        grace: float,
+        seconds: float,
+        grace: float = 0.0,
         recoverable: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> dict[Any, Any]:
         """Return the answers that arrived, and note in `_fates` which members died or hung."""
+        deadline = time.monotonic() + seconds
         actors = {ref: actor for actor, ref in refs.items()}
         answers: dict[Any, Any] = {}
         left = list(actors)

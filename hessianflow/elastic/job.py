@@ -24,8 +24,7 @@ class TrainerJob:
             that starts the run keeps the records.
 
     Raises:
-        HessianFlowError: The adversary has a staleness: batches drawn ahead would be drawn again in
-            another world.
+        HessianFlowError: The adversary has a staleness, whose batches would be drawn twice.
     """
 
     def __init__(self, make: Callable[[World], AdaptiveBatchTrainer]) -> None:
@@ -69,15 +68,9 @@ class TrainerJob:
         progress = trainer.progress
         done = progress.epoch >= progress.total_epochs and trainer.is_settled
         at_end = progress.examples % progress.examples_per_epoch == 0
-        return JobReport(
-            progress.updates,
-            progress.examples,
-            trainer.decision.batch_size,
-            trainer.microbatch_size,
-            done,
-            len(trainer.records),
-            at_end,
-        )
+        sizes = (trainer.decision.batch_size, trainer.microbatch_size)
+        made = len(trainer.records)
+        return JobReport(progress.updates, progress.examples, *sizes, done, made, at_end)
 
     def rows(self, start: int) -> Sequence[Mapping[str, Any]]:
         """Return the records from number `start` on."""

@@ -30,8 +30,7 @@ class JobReport:
     """The progress of a job, the same on every rank.
 
     Attributes:
-        updates: Number of all optimizer steps.
-        examples: Number of all examples trained, over all ranks.
+        updates, examples: Numbers of all optimizer steps and of all examples, over all ranks.
         batch_size: Examples of the next update, over all ranks.
         microbatch_size: Largest microbatch that fits one worker.
         done: Whether nothing is left to train.
@@ -49,45 +48,36 @@ class JobReport:
 
 
 class ElasticJob(Protocol):
-    """Training that can change its world at the boundary between two updates.
-
-    The result of `state` must belong to the last complete update, also after an error interrupted
-    `run_until` in the middle of one: examples of an incomplete update are trained again, and
-    counted once.
-    """
+    """Training that can change its world at the boundary between two updates."""
 
     def join(self, reducer: GroupReducer) -> None:
         """Continue as this rank of this world: take its shard of the data, sum over its group."""
-        ...
 
     def run_until(self, updates: int) -> JobReport:
         """Train until `updates` updates have been made, or to the end, or to an earlier `keep`."""
-        ...
 
     def rows(self, start: int) -> Sequence[Row]:
         """Return the records made so far, the same on every rank, from number `start` on."""
-        ...
 
     def describe(self) -> Row:
         """Return a description of the job, which is read at the start and at the end of the run."""
-        ...
 
     def report(self) -> JobReport:
         """Return the progress of the job, without training."""
-        ...
 
     def state(self) -> Any:
-        """Return everything another process needs to continue: nested plain values and tensors."""
-        ...
+        """Return all that another process needs to continue: nested plain values and tensors.
+
+        It belongs to the last complete update, also after an error interrupted `run_until` in the
+        middle of one: examples of an incomplete update are trained again, and counted once.
+        """
 
     def load_state(self, state: Any) -> None:
         """Continue from `state`, at any world size."""
-        ...
 
     @property
     def waited_seconds(self) -> float:
         """Return the time spent waiting for other ranks (:class:`GradientSynchronizer` counts)."""
-        ...
 
 
 class Member:

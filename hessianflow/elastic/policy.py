@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from hessianflow.interfaces import HessianFlowError
 
 MIN_SAMPLES = 3
-"""Samples needed to judge a number of workers at a batch size, since one stretch may hold an
-evaluation. This default is our choice."""
+"""Samples needed to judge a number of workers: ours, since one stretch may hold an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def workers_for(
         batch_size: Examples per update, over all workers.
         microbatch_size: Largest microbatch that fits a worker.
         samples: Measurements so far; those at other batch sizes are ignored.
-        min_workers: Smallest result.
-        max_workers: Largest result.
+        min_workers, max_workers: Smallest and largest result.
         min_efficiency: Lowest efficiency that is accepted. This default is our choice.
 
     Raises:
@@ -77,10 +75,7 @@ def workers_for(
 
 
 def slow_workers(busy_seconds: Sequence[float], *, factor: float = 2.0) -> list[int]:
-    """Return the ranks that computed more than `factor` times the median of the others.
-
-    The default factor is our choice.
-    """
+    """Return the ranks that computed over `factor` (our choice) times the median of the others."""
     slow = []
     for rank, seconds in enumerate(busy_seconds):
         others = [*busy_seconds[:rank], *busy_seconds[rank + 1 :]]

@@ -11,8 +11,7 @@ from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
 
 MAX_LOST_NEWCOMERS = 5
-"""Workers that may end or be refused while the first ones start, before the run gives up. This
-default is our choice."""
+"""Workers that may, by our choice, end or be refused while the first ones start."""
 
 
 @dataclass
@@ -35,8 +34,7 @@ class WorkerPool:
         settings: Settings of the run.
 
     Attributes:
-        members: Actors of the members.
-        pending: Newcomers.
+        members, pending: Actors of the members, and newcomers.
     """
 
     def __init__(
@@ -60,8 +58,9 @@ class WorkerPool:
             HessianFlowError: A local cluster can never have room for the smallest world.
         """
         settings = self._settings
+        bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
         if settings.address is None:
-            for name, each in (("CPU", settings.num_cpus), ("GPU", settings.num_gpus)):
+            for name, each in bundle.items():
                 room = self._ray.cluster_resources().get(name, 0.0)
                 if settings.min_workers * each > room:
                     raise HessianFlowError(
@@ -72,7 +71,6 @@ class WorkerPool:
         for _ in range(count):
             actor = self._new_member()
             self.pending.append(Newcomer(actor, actor.program.remote(), time.monotonic()))
-        bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
         needed = {name: amount for name, amount in bundle.items() if amount > 0}
         self._request_room([needed] * (len(self.members) + len(self.pending)))
 
@@ -129,8 +127,8 @@ class WorkerPool:
     def drop_failed(self) -> list[str]:
         """Drop newcomers that ended while they started or run other code; return the reasons."""
         self._sort_out()
-        refused = self._refused
-        self._refused = []
+        refused = self._refused.copy()
+        self._refused.clear()
         return refused
 
     def admit(self) -> int:
@@ -143,15 +141,15 @@ class WorkerPool:
         self._sort_out()
         ready = [newcomer for newcomer in self.pending if newcomer.program]
         for newcomer in ready:
-            if newcomer.program != (self._program or newcomer.program):
+            if self._program not in ("", newcomer.program):
                 raise HessianFlowError(
                     f"all workers must run the same code: one has {self._program}, another"
                     f" {newcomer.program}; install the same versions of hessianflow and torch"
                     " everywhere"
                 )
             self._program = newcomer.program
-        self.members += [newcomer.actor for newcomer in ready]
-        self.pending = [newcomer for newcomer in self.pending if not newcomer.program]
+            self.members.append(newcomer.actor)
+            self.pending.remove(newcomer)
         return len(ready)
 
     def close(self) -> None:
@@ -180,12 +178,9 @@ class WorkerPool:
                 if not self._program:  # no worker has built the job yet, so the job is at fault
                     raise own_error(error) from None
                 self._refuse(newcomer, f"could not build its job: {first_line(error.cause)}")
-            else:
-                if newcomer.program != (self._program or newcomer.program):
-                    self._refuse(
-                        newcomer,
-                        f"runs other code ({newcomer.program}) than the others ({self._program})",
-                    )
+            if newcomer.program and self._program not in ("", newcomer.program):
+                own = f"runs other code ({newcomer.program})"
+                self._refuse(newcomer, f"{own} than the others ({self._program})")
 
     def _refuse(self, newcomer: Newcomer, reason: str) -> None:
         self._refused.append(reason)

@@ -32,12 +32,10 @@ EventKind = (
 )
 
 MAX_FAILURES = 5
-"""Failures in a row, without an update completed in between, after which a run gives up. This
-default is our choice."""
+"""Failures without an update completed in between after which a run gives up: our choice."""
 
 SLOW_STRETCHES = 3
-"""Stretches in a row in which a rank must be slow before that is recorded. This default is our
-choice."""
+"""Stretches in a row in which a rank must be slow to be recorded as such: our choice."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,10 @@ class ElasticEvent:
     """A change of the world, or a reason for one.
 
     Attributes:
-        kind: Kind of the event.
+        kind, message: Kind and description of the event.
         seconds: Seconds since the run began.
-        updates: Updates completed by then.
-        examples: Examples trained by then, over all ranks.
+        updates, examples: Updates and examples, over all ranks, completed by then.
         workers: Workers in the world after the event.
-        message: Description of the event.
         pause: Seconds for which training paused.
     """
 
@@ -80,19 +76,16 @@ class ElasticRun:
         on_event: Function called with each event as it happens.
         on_rows: Function called as on_rows(start, rows) with the job's records from number `start`
             on. A run that continues from a snapshot makes later records again.
-        on_snapshot: Function called with the job's state after every snapshot, also at the end, to
-            write it to disk.
+        on_snapshot: Function called with the job's state after every snapshot, also at the end.
         start_from: State to continue from.
 
     Attributes:
         description: Description of rank 0's job, from the start and then from the end.
-        events: All events.
-        samples: Throughput of every stretch.
+        events, samples: All events, and the throughput of every stretch.
 
     Raises:
-        HessianFlowError: Ray is not installed or failed, there is no room for `min_workers`, or
-            there were too many failures in a row. A HessianFlowError of a worker is raised as such,
-            its other errors as exceptions of Ray.
+        HessianFlowError: Ray is not installed or failed, there is no room for `min_workers`, there
+            were too many failures in a row, or a worker raised it (its other errors are Ray's).
     """
 
     build: Callable[[], ElasticJob]
@@ -128,11 +121,10 @@ class ElasticRun:
             self._start()
             while not self._ended():
                 self._train_stretch()
-            kind: EventKind = "finished" if self._report.done else "stopped"
-            self._record(
-                kind, f"{self._report.examples} examples in {self._report.updates} updates"
-            )
-            return self._report
+            report = self._report
+            kind: EventKind = "finished" if report.done else "stopped"
+            self._record(kind, f"{report.examples} examples in {report.updates} updates")
+            return report
         finally:
             self._cluster.close()
 
@@ -161,16 +153,13 @@ class ElasticRun:
         """Start the missing workers and form the first generation; return False if one failed."""
         cluster = self._cluster
         cluster.request(self.settings.min_workers - len(cluster.members) - len(cluster.pending))
-        lost += [
-            f"a new worker {reason}" for reason in cluster.await_all(self.settings.start_seconds)
-        ]
+        reasons = cluster.await_all(self.settings.start_seconds)
+        lost += [f"a new worker {reason}" for reason in reasons]
         if not cluster.restore():
             return False
         report = cluster.regroup(share_state=True)
-        if report is None:
-            return False
-        description = cluster.describe()
-        if description is None:
+        description = None if report is None else cluster.describe()
+        if report is None or description is None:
             return False
         self._report = report
         self.description = description
@@ -179,9 +168,8 @@ class ElasticRun:
     def _train_stretch(self) -> None:
         began = time.monotonic()
         expected = 10 * self.settings.stretch_seconds + self.settings.timeout_seconds
-        outcome = self._cluster.run_until(
-            self._report.updates + self._stretch, self._rows, expected
-        )
+        last = self._report.updates + self._stretch
+        outcome = self._cluster.run_until(last, self._rows, expected)
         if outcome is None:
             self._recover()
             return
@@ -224,14 +212,10 @@ class ElasticRun:
         self._report = report
         updates = report.updates - before.updates
         if updates > 0:
-            sample = Sample(
-                time.monotonic() - self._began,
-                len(self._cluster.members),
-                before.batch_size,
-                report.examples,
-                (report.examples - before.examples) / seconds,
-            )
-            self.samples.append(sample)
+            elapsed = time.monotonic() - self._began
+            rate = (report.examples - before.examples) / seconds
+            workers = len(self._cluster.members)
+            self.samples.append(Sample(elapsed, workers, before.batch_size, report.examples, rate))
             fitting = int(self.settings.stretch_seconds / (seconds / updates))
             # At most double, since one short stretch says little about the next, whose batch may
             # have grown.
@@ -301,34 +285,25 @@ class ElasticRun:
         return True
 
     def _note_refusals(self) -> None:
+        patience = self.settings.start_seconds
         for _ in range(self._cluster.newly_overdue()):
-            self._record(
-                "refused",
-                f"no new worker after {self.settings.start_seconds:g} s; training goes on without",
-            )
+            self._record("refused", f"no new worker after {patience:g} s; training goes on without")
         for reason in self._cluster.drop_failed():
-            self._ask_again_at = time.monotonic() + self.settings.start_seconds
+            self._ask_again_at = time.monotonic() + patience
             self._record("refused", f"a new worker {reason}")
 
     def _note_slow(self, busy: Sequence[float]) -> None:
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow_workers(busy)}
         for rank, stretches in self._slow.items():
             if stretches == SLOW_STRETCHES:
-                self._record(
-                    "slow",
-                    f"rank {rank} computed {busy[rank]:.2f} s, the fastest {min(busy):.2f} s",
-                )
+                fastest = f"the fastest {min(busy):.2f} s"
+                self._record("slow", f"rank {rank} computed {busy[rank]:.2f} s, {fastest}")
 
     def _record(self, kind: EventKind, message: str, pause: float = 0.0) -> None:
-        event = ElasticEvent(
-            kind,
-            time.monotonic() - self._began,
-            self._report.updates,
-            self._report.examples,
-            len(self._cluster.members),
-            message,
-            pause,
-        )
+        done = (self._report.updates, self._report.examples)
+        workers = len(self._cluster.members)
+        elapsed = time.monotonic() - self._began
+        event = ElasticEvent(kind, elapsed, *done, workers, message, pause)
         self.events.append(event)
         if self.on_event is not None:
             self.on_event(event)

@@ -20,8 +20,7 @@ class ElasticSettings:
         start_seconds: Time in which the first workers must start. A later worker that takes longer
             is recorded as refused, and still admitted when it arrives. After one that died while it
             started, none is requested for this time.
-        num_cpus: CPUs that each worker requests from Ray.
-        num_gpus: GPUs that each worker requests from Ray; above 0 the group uses NCCL.
+        num_cpus, num_gpus: CPUs and GPUs that each worker requests; with GPUs the group uses NCCL.
         address: Address of a Ray cluster; None for a local one.
     """
 

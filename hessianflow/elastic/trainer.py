@@ -2,10 +2,10 @@
 
 Workers join and leave, so none of them owns the run directory. They send their records at every
 boundary, and their state at the end of every epoch and at regular intervals. When a run continues
-from a snapshot, the records that will be made again are dropped; those of changes of the world
-stay.
+from a snapshot, the records to be made again are dropped; those of changes of the world stay.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,7 @@ from hessianflow.training import AdaptiveBatchTrainer
 from hessianflow.training.saving import Checkpoints, Saver
 
 THROUGHPUT_SHARE = 0.01
-"""A row of throughput is written when this fraction of the run, and a second, has passed since the
-last. This default is our choice."""
+"""Fraction of the run, and a second, that pass between two rows of throughput: our choice."""
 
 
 class ElasticTrainer:
@@ -42,12 +41,11 @@ class ElasticTrainer:
         config: Settings to write to config.json beside the trainer's own.
         sinks: Further receivers of every record.
         keep_checkpoints: Number of the newest checkpoints that are kept.
-        policy: Function that is called as policy(report, samples) and returns the number of
-            workers; None for :func:`hessianflow.elastic.workers_for`.
+        policy: Policy of :class:`hessianflow.elastic.ElasticRun`; None for
+            :func:`hessianflow.elastic.workers_for`.
 
     Raises:
-        HessianFlowError: The run directory is in use, or
-            :class:`hessianflow.elastic.ElasticRun` raised it.
+        HessianFlowError: The run directory is in use, or the `ElasticRun` raised it.
     """
 
     def __init__(
@@ -82,13 +80,10 @@ class ElasticTrainer:
         return self._train()
 
     def resume(self, run_dir: str | Path) -> History:
-        """Continue an interrupted run of the same settings from its newest checkpoint.
-
-        The interrupted run may have been elastic or not.
+        """Continue an interrupted run, elastic or not, of the same settings.
 
         Raises:
-            HessianFlowError: The directory has no usable checkpoint, or one of another model or
-                data set.
+            HessianFlowError: The directory has no usable checkpoint of this model and data set.
         """
         self._folder = in_home(run_dir)
         try:
@@ -106,9 +101,8 @@ class ElasticTrainer:
         """Hold the run directory, read its newest usable checkpoint, set a damaged one aside."""
         self._record.hold(self._folder)
         kept = self._folder / CHECKPOINTS
-        state, _, warning = checkpoints.load_newest(
-            kept, history_length(self._folder), check_training_state
-        )
+        length = history_length(self._folder)
+        state, _, warning = checkpoints.load_newest(kept, length, check_training_state)
         self._record.reopen(self._folder, state["history_bytes"])
         if warning is not None:
             checkpoints.set_aside(kept)
@@ -122,17 +116,15 @@ class ElasticTrainer:
         try:
             self._run.run()
             events = self._run.events
-            self._record.finish(
-                {
-                    **self._run.description["summary"],
-                    "world_size": max(event.workers for event in events),
-                    "world_changes": sum(
-                        event.kind in ("joined", "left", "restored") for event in events
-                    ),
-                    "workers_lost": sum(event.kind in ("died", "hung") for event in events),
-                    "seconds_paused": sum(event.pause for event in events),
-                }
-            )
+            kinds = Counter(event.kind for event in events)
+            summary = {
+                **self._run.description["summary"],
+                "world_size": max(event.workers for event in events),
+                "world_changes": kinds["joined"] + kinds["left"] + kinds["restored"],
+                "workers_lost": kinds["died"] + kinds["hung"],
+                "seconds_paused": sum(event.pause for event in events),
+            }
+            self._record.finish(summary)
         finally:
             self._record.close()
         return self._record.history()
@@ -161,12 +153,13 @@ class ElasticTrainer:
         if same and last.seconds - first.seconds < 1 + THROUGHPUT_SHARE * last.seconds:
             return
         row = {
+            **rows.place("throughput", self._progress(report.updates, report.examples)),
             "elapsed": last.seconds,
             "workers": last.workers,
             "batch_size": last.batch_size,
             "examples_per_second": last.examples_per_second,
         }
-        self._write({**self._place("throughput", report.updates, report.examples), **row})
+        self._write(row)
         self._written = last
 
     def _on_event(self, event: ElasticEvent) -> None:
@@ -177,9 +170,8 @@ class ElasticTrainer:
         if event.kind == "started" and self._warning is not None:
             self._write(rows.event_row(progress, "fallback", self._warning))
         row = rows.event_row(progress, event.kind, event.message)
-        self._write(
-            {**row, "elapsed": event.seconds, "workers": event.workers, "pause": event.pause}
-        )
+        world = {"elapsed": event.seconds, "workers": event.workers, "pause": event.pause}
+        self._write({**row, **world})
 
     def _on_rows(self, start: int, new: Sequence[Mapping[str, Any]]) -> None:
         if start < sum(self._from_job):
@@ -189,14 +181,10 @@ class ElasticTrainer:
 
     def _drop_from(self, start: int) -> None:
         """Drop the job's rows from number `start` on, since they are made again."""
-        kept = []
-        number = 0
-        for index, from_job in enumerate(self._from_job):
-            if not from_job or number < start:
-                kept.append(index)
-            number += from_job
-        self._record.replace([self._record.records[index] for index in kept])
-        self._from_job = [self._from_job[index] for index in kept]
+        dropped = set([n for n, from_job in enumerate(self._from_job) if from_job][start:])
+        kept = [number for number in range(len(self._from_job)) if number not in dropped]
+        self._record.replace([self._record.records[number] for number in kept])
+        self._from_job = [self._from_job[number] for number in kept]
 
     def _on_snapshot(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint, also as the best one if the accuracy has never been higher."""
@@ -210,9 +198,6 @@ class ElasticTrainer:
     def _write(self, row: Record, *, from_job: bool = False) -> None:
         self._from_job.append(from_job)
         self._record.write(row)
-
-    def _place(self, kind: str, updates: int, examples: int) -> Record:
-        return rows.place(kind, self._progress(updates, examples))
 
     def _progress(self, updates: int, examples: int) -> Progress:
         trainer = self._run.description["trainer"]

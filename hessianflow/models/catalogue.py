@@ -53,23 +53,25 @@ def create(
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
             image at once. Networks that exist in one form only refuse the other.
         in_channels: Channels of the images; None for 1 ("digits-cnn") or 3 (all others).
-        shortcut: "A" (padding) or "B" (projection) of residual networks (He et al., 2015, section
-            4.2).
+        shortcut: "A" (padding) or "B" (projection) of residual networks.
 
     Raises:
-        HessianFlowError: The name is unknown (the message lists the known ones), or an argument is
-            out of range.
+        HessianFlowError: The name is unknown (known ones are listed), or an argument out of range.
     """
     _check(num_classes, input_size, variant, in_channels, shortcut)
     channels = in_channels or _IN_CHANNELS.get(name, 3)
     if external.is_external(name):
-        return external.build(
-            name, num_classes=num_classes, input_size=input_size, in_channels=channels
-        )
+        sizes = {"num_classes": num_classes, "input_size": input_size, "in_channels": channels}
+        return external.build(name, **sizes)
     builders = _builders(variant, input_size, shortcut)
-    if name not in builders:
-        raise HessianFlowError(_unknown(name, variant))
-    return builders[name](num_classes=num_classes, in_channels=channels)
+    if name in builders:
+        return builders[name](num_classes=num_classes, in_channels=channels)
+    known = names()
+    if name in known:
+        raise HessianFlowError(f"model {name!r} has no {variant!r} variant; use variant='cifar'")
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = "".join(f" (did you mean {other!r}?)" for other in near)
+    raise HessianFlowError(f"unknown model {name!r}{hint}; known: {', '.join(known)}")
 
 
 def _builders(
@@ -80,10 +82,8 @@ def _builders(
         f"resnet{depth}": partial(resnet.imagenet_resnet, depth, stem=variant, shortcut=shortcut)
         for depth in IMAGENET_RESNETS
     }
-    styles: Mapping[Style, Mapping[str, SqueezeNextShape]] = {
-        "caffe": CAFFE,
-        "pytorchcv": PYTORCHCV,
-    }
+    styles: Mapping[Style, Mapping[str, SqueezeNextShape]]
+    styles = {"caffe": CAFFE, "pytorchcv": PYTORCHCV}
     for style, shapes in styles.items():
         builders |= {
             name: partial(squeezenext, shape, style=style, variant=variant, input_size=input_size)
@@ -114,26 +114,16 @@ def _small(name: str, *, num_classes: int, input_size: int, in_channels: int) ->
 def _check(
     num_classes: int, input_size: int, variant: str, in_channels: int | None, shortcut: str
 ) -> None:
-    if num_classes < 1:
-        raise HessianFlowError(f"num_classes must be at least 1, got {num_classes}")
+    for name, count in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if count is not None and count < 1:
+            raise HessianFlowError(f"{name} must be at least 1, got {count}")
     if input_size < 1:
         raise HessianFlowError(f"input_size must be at least 1 pixel, got {input_size}")
     if variant == "imagenet" and input_size < 32:
         raise HessianFlowError(
             f"variant 'imagenet' needs images of 32 pixels or more, got {input_size}: use 'cifar'"
         )
-    if in_channels is not None and in_channels < 1:
-        raise HessianFlowError(f"in_channels must be at least 1, got {in_channels}")
     if variant not in get_args(Variant):
         raise HessianFlowError(f"variant must be 'cifar' or 'imagenet', got {variant!r}")
     if shortcut not in get_args(Shortcut):
         raise HessianFlowError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
-
-
-def _unknown(name: str, variant: Variant) -> str:
-    known = names()
-    if name in known:
-        return f"model {name!r} has no {variant!r} variant; use variant='cifar'"
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown model {name!r}{hint}; known: {', '.join(known)}"

@@ -15,11 +15,7 @@ def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear
     layer outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling
     and additions are not counted. The pass runs in eval mode without gradients; afterwards the
-    modes of the model are restored.
-
-    Args:
-        model: Network to count.
-        input_shape: Shape of one input, without the batch dimension.
+    modes of the model are restored. `input_shape` is that of one input, without the batch.
     """
     counts: list[int] = []
 

@@ -14,9 +14,8 @@ def with_head_dropout(model: nn.Module, probability: float = 0.0) -> nn.Module:
     Raises:
         HessianFlowError: The model holds no linear layer.
     """
-    last = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name
-    ]
+    modules = model.named_modules()
+    last = [name for name, module in modules if isinstance(module, nn.Linear) and name]
     if not last:
         raise HessianFlowError(
             f"dropout goes in front of a last linear layer: {type(model).__name__} holds none"

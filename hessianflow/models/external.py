@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +29,8 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
     no builtin, no other class, nothing of Python's own library.
 
     Raises:
-        HessianFlowError: The module or function cannot be imported, the function needs other
-            arguments or fails, or its result is no `torch.nn.Module`.
+        HessianFlowError: The import or the function fails, it needs other arguments, or its result
+            is no `torch.nn.Module`.
     """
     if name.startswith("timm/"):
         create = _attribute(name, "timm", "create_model")
@@ -41,7 +41,8 @@ def build(name: str, *, num_classes: int, input_size: int, in_channels: int) -> 
     module, _, function = name.partition(":")
     with working_directory_first():
         factory = _factory(name, module, function)
-        arguments = _arguments(name, factory, num_classes, input_size, in_channels)
+        offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
+        arguments = _arguments(name, factory, offered)
         if module.partition(".")[0] in sys.stdlib_module_names:
             raise HessianFlowError(
                 f"model {name!r}: {module!r} is of Python's own library, which makes no models"
@@ -73,10 +74,8 @@ def _factory(name: str, module: str, function: str) -> Callable[..., Any]:
 
 
 def _arguments(
-    name: str, factory: Callable[..., Any], num_classes: int, input_size: int, in_channels: int
+    name: str, factory: Callable[..., Any], offered: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return those of the arguments that the function takes."""
-    offered = {"num_classes": num_classes, "input_size": input_size, "in_channels": in_channels}
     try:
         signature = inspect.signature(factory)
         arguments = {key: value for key, value in offered.items() if key in signature.parameters}

@@ -63,15 +63,8 @@ def cifar_resnet(
     """
     depths = ((depth - 2) // 6,) * 3
     stem = _conv_norm(in_channels, 16, 3), nn.ReLU(inplace=True)
-    return _assemble(
-        stem,
-        16,
-        depths,
-        (16, 32, 64),
-        bottleneck=depth >= 44,
-        shortcut=shortcut,
-        num_classes=num_classes,
-    )
+    widths = (16, 32, 64)
+    return _assemble(stem, depths, widths, num_classes, shortcut, bottleneck=depth >= 44)
 
 
 def imagenet_resnet(
@@ -84,8 +77,7 @@ def imagenet_resnet(
 ) -> nn.Sequential:
     """Build ResNet-18, -34 or -50: input [N, in_channels, H, W], output [N, num_classes].
 
-    ResNet-18 has 11,689,512 parameters (imagenet stem, 1000 classes), 11,173,962 (cifar stem, 10
-    classes).
+    ResNet-18 has 11,689,512 parameters (stem "imagenet", 1000 classes), 11,173,962 ("cifar", 10).
     """
     layers: list[nn.Module] = [_conv_norm(in_channels, 64, 3), nn.ReLU(inplace=True)]
     if stem == "imagenet":
@@ -94,15 +86,9 @@ def imagenet_resnet(
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, padding=1),
         ]
-    return _assemble(
-        layers,
-        64,
-        IMAGENET_DEPTHS[depth],
-        (64, 128, 256, 512),
-        bottleneck=depth == 50,
-        shortcut=shortcut,
-        num_classes=num_classes,
-    )
+    depths = IMAGENET_DEPTHS[depth]
+    widths = (64, 128, 256, 512)
+    return _assemble(layers, depths, widths, num_classes, shortcut, bottleneck=depth == 50)
 
 
 def init_convolutions(model: nn.Module) -> None:
@@ -117,15 +103,15 @@ def init_convolutions(model: nn.Module) -> None:
 
 def _assemble(
     stem: Sequence[nn.Module],
-    channels: int,
     depths: Sequence[int],
     widths: Sequence[int],
+    num_classes: int,
+    shortcut: Shortcut,
     *,
     bottleneck: bool,
-    shortcut: Shortcut,
-    num_classes: int,
 ) -> nn.Sequential:
     layers = list(stem)
+    channels = widths[0]  # of the stem
     make_body = _bottleneck if bottleneck else _basic
     expansion = 4 if bottleneck else 1
     stride = 1  # of the next block; every stage but the first begins with 2
@@ -137,9 +123,8 @@ def _assemble(
             channels = out_channels
             stride = 1
         stride = 2
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
-    )
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    model = nn.Sequential(*layers, *head)
     init_convolutions(model)
     return model
 
@@ -173,7 +158,6 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, option: Shortcut
 def _conv_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 ) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-    )
+    padding = kernel_size // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))

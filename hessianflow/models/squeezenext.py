@@ -111,8 +111,7 @@ class SqueezeNextBlock(nn.Module):
     """A SqueezeNext block, which the module docstring describes.
 
     Args:
-        in_channels: Number C_in of input channels.
-        out_channels: Number C of output channels, a multiple of 4.
+        in_channels, out_channels: Numbers C_in and C of channels; C is a multiple of 4.
         stride: Stride of the whole block.
         project: Whether the shortcut is a 1x1 convolution and not the identity.
         groups: Groups of the first narrowing and of the 3x1 and 1x3 convolutions.
@@ -183,25 +182,20 @@ def squeezenext(
     multiplier = shape.multiplier if scaled else 1
     stem_width = round(64 * multiplier)
     tail_width = round(128 * multiplier)
-    stem = _stem(
-        in_channels, stem_width, variant=variant, v5=faithful_v5, bias=bias, input_size=input_size
-    )
-    blocks, channels = _blocks(
-        shape, stem_width, bias=bias, alternate=style == "caffe", projected=faithful_v5
-    )
-    tail = ConvUnit(channels, tail_width, bias=bias)
-    pool_and_flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    model = nn.Sequential(
-        *stem, *blocks, tail, *pool_and_flatten, nn.Linear(tail_width, num_classes)
-    )
+    small = variant == "cifar"
+    stem = _stem(in_channels, stem_width, input_size, small=small, v5=faithful_v5, bias=bias)
+    swapped = style == "caffe"
+    blocks, channels = _blocks(shape, stem_width, bias=bias, swapped=swapped, v5=faithful_v5)
+    tail = ConvUnit(channels, tail_width, bias=bias), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*stem, *blocks, *tail, nn.Linear(tail_width, num_classes))
     _initialise(model)
     return model
 
 
 def _stem(
-    in_channels: int, width: int, *, variant: str, v5: bool, bias: bool, input_size: int
+    in_channels: int, width: int, input_size: int, *, small: bool, v5: bool, bias: bool
 ) -> list[nn.Module]:
-    if variant == "cifar":
+    if small:
         stride = 2 if input_size >= 64 else 1
         return [ConvUnit(in_channels, width, 3, stride=stride, padding=1, bias=bias)]
     padding = int(bias)  # the style with biases has a padded stem
@@ -211,7 +205,7 @@ def _stem(
 
 
 def _blocks(
-    shape: SqueezeNextShape, channels: int, *, bias: bool, alternate: bool, projected: bool
+    shape: SqueezeNextShape, channels: int, *, bias: bool, swapped: bool, v5: bool
 ) -> tuple[list[nn.Module], int]:
     blocks: list[nn.Module] = []
     for depth, width, stride in zip(shape.depths, STAGE_WIDTHS, STAGE_STRIDES, strict=True):
@@ -225,8 +219,8 @@ def _blocks(
                 project=first,
                 groups=shape.groups,
                 bias=bias,
-                vertical_first=alternate and len(blocks) % 2 == 0,
-                reads_shortcut=projected and first,
+                vertical_first=swapped and len(blocks) % 2 == 0,
+                reads_shortcut=v5 and first,
             )
             blocks.append(block)
             channels = out_channels

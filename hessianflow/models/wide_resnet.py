@@ -13,10 +13,7 @@ from hessianflow.models.resnet import init_convolutions
 
 
 class PreactivationBlock(nn.Module):
-    """The block x + conv(relu(bn(conv(relu(bn(x)))))), where a projection may replace the first x.
-
-    The projection is a 1x1 convolution of relu(bn(x)).
-    """
+    """The block x + conv(relu(bn(conv(relu(bn(x)))))); the first x may be conv1x1(relu(bn(x)))."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

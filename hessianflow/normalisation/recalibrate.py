@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessianflow.batches import as_batches, as_pair, move
+from hessianflow.batches import as_batches, as_pair, to_device
 from hessianflow.interfaces import Batch, HessianFlowError
 from hessianflow.measuring import measuring
 from hessianflow.normalisation.statistics import moving_layers
@@ -38,7 +38,7 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     with measuring(model) as inner, torch.no_grad(), _averaging(layers):
         for batch in as_batches(data):
             inputs, _ = as_pair(batch)
-            inner(move(inputs, device))
+            inner(to_device(inputs, device))
             batches += 1
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")

@@ -1,8 +1,9 @@
 """The basis of a plan: the time of steps, the bytes summed between workers, the run's batches."""
 
 import platform
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from hessianflow.choices import build_controller, build_optimizer
 from hessianflow.config import RunConfig
 from hessianflow.control import TimeModel, fit_time_model
 from hessianflow.interfaces import HessianFlowError, Progress
-from hessianflow.parts import Parts, build_parts
+from hessianflow.parts import Parts, build_parts, resolved_precision
 from hessianflow.planning.performance import Phase, measure_steps
 from hessianflow.runs import History
 from hessianflow.runs.documents import read_measurement
@@ -36,8 +37,8 @@ class Measured:
 
     Attributes:
         step_time: Time of forward and backward on a microbatch.
-        sizes: Examples of the microbatches measured; empty if the line itself was given.
-        seconds: Median seconds of these sizes.
+        sizes, seconds: Examples of the microbatches measured, and their median seconds; empty if
+            the line itself was given.
         update_seconds: Seconds of an optimizer step; None if unknown.
         gradient_bytes: Bytes of all gradients; None if unknown.
         source: Origin of the step time, in words.
@@ -82,8 +83,7 @@ def read_measured(path: str) -> Measured:
     """Return figures from a JSON file: a plan.json, or an object with the keys of its "measured".
 
     Raises:
-        HessianFlowError: The file does not exist or holds no step times, or values have another
-            type or are out of bounds.
+        HessianFlowError: The file or its step times are missing, or a type or bound is wrong.
     """
     try:
         content = read_measurement(Path(path))
@@ -96,9 +96,8 @@ def read_measured(path: str) -> Measured:
     except HessianFlowError as error:
         raise HessianFlowError(f"--measured {error}") from None
     source = f"{content.get('source', 'measured')} ({path})"
-    return Measured(
-        line, sizes, seconds, content.get("update_seconds"), content.get("gradient_bytes"), source
-    )
+    others = (content.get("update_seconds"), content.get("gradient_bytes"))
+    return Measured(line, sizes, seconds, *others, source)
 
 
 def measure(run: PlanBasis, microbatch_size: int) -> Measured:
@@ -112,30 +111,24 @@ def measure(run: PlanBasis, microbatch_size: int) -> Measured:
     batches = {size: parts.train.sample(size, config.seed) for size in sizes}
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config, parts.model)
-    precision = config.precision
-    assert precision is not None, "a prepared configuration has a precision"
-    assert precision != "auto", "preparing resolves the precision"
-    accumulate = GradientAccumulator(
-        parts.model, nn.CrossEntropyLoss(), trained, precision=precision
-    )
+    precision = resolved_precision(config)
+    loss = nn.CrossEntropyLoss()
+    accumulate = GradientAccumulator(parts.model, loss, trained, precision=precision)
 
     def update(_: int) -> float:
         optimizer.step()
         return float(trained[0].detach().flatten()[0])  # waits for the device
 
     parts.model.train()
-    seconds = measure_steps(
-        lambda size: float(accumulate(batches[size]).loss), sizes, repeats=REPEATS
-    )
+
+    def backward(size: int) -> float:
+        return float(accumulate(batches[size]).loss)
+
+    seconds = measure_steps(backward, sizes, repeats=REPEATS)
     [update_seconds] = measure_steps(update, [1], repeats=REPEATS)
-    return Measured(
-        fit_time_model(sizes, seconds, clip_intercept=True),
-        tuple(sizes),
-        tuple(seconds),
-        update_seconds,
-        run.gradient_bytes,
-        _here(config),
-    )
+    line = fit_time_model(sizes, seconds, clip_intercept=True)
+    others = (update_seconds, run.gradient_bytes, _here(config))
+    return Measured(line, tuple(sizes), tuple(seconds), *others)
 
 
 def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
@@ -167,10 +160,7 @@ def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
 
 
 def recorded_phases(history: History, epochs: int) -> list[Phase]:
-    """Return the batches of a recorded run, cut at the ends of epochs.
-
-    An interrupted run continues with its last batch size.
-    """
+    """Return the batches of a recorded run by epoch; if it was cut short, the last size goes on."""
     if epochs > MOST_EPOCHS:
         raise HessianFlowError(f"a plan takes at most {MOST_EPOCHS} epochs, the run has {epochs}")
     examples = int(history.fact("examples_per_epoch"))
@@ -256,24 +246,14 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    names = [
-        line.partition(":")[2].strip()
-        for line in text.splitlines()
-        if line.startswith("model name")
-    ]
-    return next(iter(names), platform.machine())
+    name = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
+    return platform.machine() if name is None else name[1]
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
     """Return the object that :func:`read_measured` reads."""
     line = measured.step_time
-    return {
-        "sizes": list(measured.sizes),
-        "seconds": list(measured.seconds),
-        "slope": line.slope,
-        "intercept": line.intercept,
-        "residual": line.residual,
-        "update_seconds": measured.update_seconds,
-        "gradient_bytes": measured.gradient_bytes,
-        "source": measured.source,
-    }
+    ours = {"slope": line.slope, "intercept": line.intercept, "residual": line.residual}
+    others = asdict(measured)
+    del others["step_time"]
+    return {**ours, **others}

@@ -127,17 +127,26 @@ def predict(
     """
     if not phases:
         raise HessianFlowError("phases must hold at least one stretch of the run, got none")
-    numbers = [
-        *workers,
-        model.microbatch_size,
-        *(n for p in phases for n in (p.examples, p.batch_size)),
-    ]
-    if min(numbers) < 1:
-        raise HessianFlowError(
-            f"workers, sizes and examples must be at least 1, got {min(numbers)}"
-        )
+    sizes = [size for phase in phases for size in (phase.examples, phase.batch_size)]
+    least = min(*workers, model.microbatch_size, *sizes)
+    if least < 1:
+        raise HessianFlowError(f"workers, sizes and examples must be at least 1, got {least}")
     alone, *_ = _totals(model, phases, 1, "fixed")
-    return [_prediction(model, phases, count, membership, alone) for count in workers]
+    predictions = []
+    for count in workers:
+        seconds, communication, held, updates = _totals(model, phases, count, membership)
+        prediction = Prediction(
+            workers=count,
+            seconds=seconds,
+            speedup=alone / seconds,
+            efficiency=alone / held,
+            communication=communication / seconds,
+            worker_seconds=held,
+            cost=held * model.price / 3600,
+            updates=updates,
+        )
+        predictions.append(prediction)
+    return predictions
 
 
 def measure_steps(
@@ -147,37 +156,16 @@ def measure_steps(
 
     On a CUDA device the step must wait for the device to finish.
     """
-    return [_median_seconds(step, size, repeats) for size in sizes]
-
-
-def _median_seconds(step: Callable[[int], object], size: int, repeats: int) -> float:
-    step(size)
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+    medians = []
+    for size in sizes:
         step(size)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def _prediction(
-    model: PerformanceModel,
-    phases: Sequence[Phase],
-    workers: int,
-    membership: Membership,
-    alone: float,
-) -> Prediction:
-    seconds, communication, held, updates = _totals(model, phases, workers, membership)
-    return Prediction(
-        workers=workers,
-        seconds=seconds,
-        speedup=alone / seconds,
-        efficiency=alone / held,
-        communication=communication / seconds,
-        worker_seconds=held,
-        cost=held * model.price / 3600,
-        updates=updates,
-    )
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            step(size)
+            seconds.append(time.perf_counter() - began)
+        medians.append(statistics.median(seconds))
+    return medians
 
 
 def _totals(

@@ -15,8 +15,8 @@ from hessianflow.batches import (
     as_pair,
     explaining_types,
     map_tensors,
-    move,
     num_examples,
+    to_device,
 )
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weighted
@@ -88,7 +88,7 @@ def evaluate(
                 mark = fingerprint(batch)
                 sums[6:] += torch.tensor([mark, mark**2], dtype=sums.dtype, device=device)
             if number % ranks.world_size == ranks.rank:
-                inputs, targets = as_pair(move(batch, device))
+                inputs, targets = as_pair(to_device(batch, device))
                 with explaining_types(inner, (inputs, targets)):
                     outputs = inner(inputs)
                     sums[:6] += _figures(outputs, targets, mean_loss, sums)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessianflow.batches import move, num_examples
+from hessianflow.batches import num_examples, to_device
 from hessianflow.interfaces import (
     Batch,
     Decision,
@@ -196,12 +196,12 @@ class Lookahead:
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
-        inputs, targets = move(entry["batch"], self._device)
+        inputs, targets = to_device(entry["batch"], self._device)
         decision = Decision(**entry["decision"])
         planned = Planned((inputs, targets), entry["examples"], decision)
         planned.ends_epoch = entry["ends_epoch"]
         if entry["adversarial"] is not None:
-            adversarial = move(entry["adversarial"], self._device)
+            adversarial = to_device(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
         return planned
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessianflow.batches import explaining_types, move, num_examples, training_pair
+from hessianflow.batches import explaining_types, num_examples, to_device, training_pair
 from hessianflow.interfaces import (
     Adversary,
     Batch,
@@ -78,7 +78,7 @@ class TrainingStep:
     def load(self, batch: Batch, progress: Progress) -> Batch:
         """Return a batch on the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
-            inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
+            inputs, targets = training_pair(to_device(batch, self.device, non_blocking=True))
             if self.transform is None or num_examples(targets) == 0:
                 return inputs, targets
             made = self.transform(inputs, targets, progress)
