@@ -10,7 +10,7 @@ For a batch k times larger,
 import math
 from typing import Literal, get_args
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.checks import check_count, check_number
 from hessianflow.interfaces.errors import HessianFlowError
 
 LRRule = Literal["linear", "sqrt", "none"]
