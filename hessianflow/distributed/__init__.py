@@ -10,11 +10,11 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.distributed.world import GroupWorld, launched_world
+from hessianflow.interfaces.world import GroupReducer, LocalReducer
 
 __all__ = [
     "AllReducedOperator",

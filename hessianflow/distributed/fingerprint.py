@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.interfaces import AgreedError
+from hessianflow.interfaces.world import GroupReducer
 
 
 def code_fingerprint(files: Sequence[str | Path] = ()) -> str:

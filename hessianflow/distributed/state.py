@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.interfaces.world import GroupReducer
 
 ByteArray = npt.NDArray[np.uint8]
 

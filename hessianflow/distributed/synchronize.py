@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.interfaces import AgreedError, HessianFlowError, Hits, StepResult
+from hessianflow.interfaces.world import GroupReducer
 
 BUCKET_BYTES = 25 * 2**20
 """Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
 from hessianflow.distributed.process_group import from_environment, local_device, process_group
-from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.interfaces import AgreedError, HessianFlowError, Shardable, StepResult, Wishes
+from hessianflow.interfaces.world import GroupReducer, LocalReducer
 from hessianflow.measuring import unwrap
 
 

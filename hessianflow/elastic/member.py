@@ -17,9 +17,9 @@ from hessianflow.distributed.process_group import (
     enter,
     leave,
 )
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
+from hessianflow.interfaces.world import GroupReducer
 
 Row = Mapping[str, Any]
 """A record of a run."""

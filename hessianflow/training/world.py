@@ -8,16 +8,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from hessianflow.interfaces import AgreedError, HessianFlowError, StepResult, Wishes, World
+from hessianflow.interfaces.world import LocalReducer
 
 T = TypeVar("T")
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
-class LocalWorld:
+class LocalWorld(LocalReducer):
     """The world of a single process, which exchanges nothing."""
-
-    rank = 0
-    world_size = 1
 
     def __init__(self) -> None:
         self._wishes: Callable[[], Wishes] = Wishes
@@ -61,18 +59,6 @@ class LocalWorld:
 
     def average_buffers(self) -> None:
         """Do nothing: the buffers are those of all ranks."""
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself."""
-        return tensor
-
-    def broadcast(self, value: Any) -> Any:
-        """Return the value itself."""
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return a list of this one value."""
-        return [value]
 
 
 def on_first_rank(world: World, action: Callable[[], T]) -> T:

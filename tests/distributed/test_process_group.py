@@ -17,6 +17,7 @@ from sockets import listening
 from torch.distributed import TCPStore
 
 from hessianflow import HessianFlowError, History
+from hessianflow.distributed import LocalReducer
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.process_group import (
@@ -29,7 +30,6 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.distributed.store import serve
 from hessianflow.interfaces import CurvatureReading, Decision
 
