@@ -1,7 +1,6 @@
 """Ranks that train one model: process groups, gradient sums, curvature over ranks, simulation."""
 
 from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
-from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.process_group import (
     Generation,
@@ -13,7 +12,12 @@ from hessianflow.distributed.process_group import (
 from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.distributed.world import GroupWorld, launched_world
+from hessianflow.distributed.world import (
+    GroupWorld,
+    check_same_program,
+    code_fingerprint,
+    launched_world,
+)
 from hessianflow.interfaces.world import GroupReducer, LocalReducer
 
 __all__ = [

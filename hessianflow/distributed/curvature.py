@@ -35,11 +35,9 @@ class MeanLossOperator(LinearOperator, Protocol):
     @property
     def loss_weight(self) -> float:
         """Return the divisor of the mean over this rank's examples."""
-        ...
 
     def release(self) -> None:
         """Free the memory that is kept between products."""
-        ...
 
 
 class AllReducedOperator(Operator):

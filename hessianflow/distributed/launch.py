@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from hessianflow.checks import check_count
 from hessianflow.distributed.process_group import Generation, abort, enter, leave, local_device
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine, serve
 from hessianflow.interfaces import HessianFlowError
@@ -46,23 +47,15 @@ def run_local(
         HessianFlowError: A rank failed (the cause of the error holds its traceback), or did not
             finish in time.
     """
-    if world_size < 1:
-        raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
+    check_count("world_size", world_size)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = serve()
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        job = (
-            function,
-            Generation(0, rank, world_size, rank),
-            store.port,
-            arguments,
-            device,
-            timeout_seconds,
-            theirs,
-        )
+        generation = Generation(0, rank, world_size, rank)
+        job = (function, generation, store.port, arguments, device, timeout_seconds, theirs)
         process = context.Process(target=_run_rank, args=job, daemon=True)
         process.start()
         theirs.close()
@@ -89,9 +82,8 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
             raise HessianFlowError(
                 f"ranks {left} did not finish in time: raise timeout_seconds, or look for a hang"
             )
-        for pipe in ready:
-            rank = pipes.index(pipe)
-            results[rank] = _received(pipe, rank)
+        for rank in map(pipes.index, ready):
+            results[rank] = _received(pipes[rank], rank)
     return [results[rank] for rank in range(len(pipes))]
 
 

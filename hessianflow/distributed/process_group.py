@@ -27,7 +27,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.store import gloo_on_this_machine, serve
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 TIMEOUT_SECONDS = 600.0
 """Time that a rank waits for the others in one collective, torch's own default for NCCL."""
@@ -174,7 +174,7 @@ def _meeting_point(
             raise
         raise HessianFlowError(
             f"rank {generation.rank} of {generation.world_size} cannot meet the others at"
-            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {_first_line(error)}; start"
+            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {first_line(error)}; start"
             " with torchrun, or unset RANK"
         ) from error
 
@@ -228,7 +228,7 @@ def enter(
         _forget_failed_group()
         raise HessianFlowError(
             f"rank {generation.rank} could not meet the {generation.world_size} ranks of generation"
-            f" {generation.number} within {timeout_seconds:g} s: {_first_line(error)}"
+            f" {generation.number} within {timeout_seconds:g} s: {first_line(error)}"
         ) from error
     return ProcessGroupReducer(generation)
 
@@ -255,24 +255,12 @@ def abort() -> None:
 
 
 class ProcessGroupReducer:
-    """The reducer of the default process group, made by :func:`enter`.
-
-    Attributes:
-        generation: Membership to which this reducer belongs.
-    """
+    """The reducer of the default process group, made by :func:`enter` for one `generation`."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-
-    @property
-    def rank(self) -> int:
-        """Return the rank of this process."""
-        return self.generation.rank
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks."""
-        return self.generation.world_size
+        self.rank = generation.rank
+        self.world_size = generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, in `tensor` itself unless it is not contiguous."""
@@ -280,11 +268,12 @@ class ProcessGroupReducer:
         dist.all_reduce(summed)
         return summed
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a contiguous tensor in place, and return a function that waits for it."""
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
-        return lambda: _finish(work)
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's plain value on every rank; rank 0 keeps its own object."""
@@ -331,10 +320,6 @@ def _carrier(content: bytes, size: int) -> Tensor:
     return carrier
 
 
-def _finish(work: Any) -> None:
-    work.wait()
-
-
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment[name]
     if len(text) <= _LONGEST_NUMBER and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):
@@ -343,7 +328,3 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     raise HessianFlowError(
         f"{name} must be a whole number, got {shown}: start with torchrun, or unset RANK"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
@@ -84,11 +84,6 @@ def told_in_one_line(ray: Any) -> Iterator[None]:
         raise HessianFlowError(
             f"Ray failed: {first_line(error)}; look at its logs, then resume the run"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, since Ray's messages hold whole tracebacks."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_reachable(address: str | None) -> None:

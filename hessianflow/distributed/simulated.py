@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.checks import check_count
 
 
 def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -27,8 +27,7 @@ def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any
         HessianFlowError: The argument `world_size` is below 1.
         Exception: The error of the lowest of the failing ranks.
     """
-    if world_size < 1:
-        raise HessianFlowError(f"world_size must be at least 1, got {world_size}")
+    check_count("world_size", world_size)
     meeting = _Meeting(world_size)
 
     def run(rank: int) -> Any:
@@ -50,44 +49,32 @@ class SimulatedReducer:
     """The reducer of a rank of a simulated world, made by :func:`run_simulated`."""
 
     def __init__(self, rank: int, meeting: "_Meeting") -> None:
-        self._rank = rank
+        self.rank = rank
+        self.world_size = meeting.world_size
         self._meeting = meeting
-
-    @property
-    def rank(self) -> int:
-        """Return the rank of this thread."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks."""
-        return self._meeting.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, in place."""
-        total = self._meeting.exchange(self._rank, tensor, _total)
+        total = self._meeting.exchange(self.rank, tensor, _total)
         with torch.no_grad():
             tensor.copy_(total)
         return tensor
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Return a function that sums, since a hook must not stop a thread that others need."""
-        return lambda: self._summed(tensor)
+        return lambda: self.sum(tensor)
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's plain value."""
-        return self._meeting.exchange(self._rank, value, lambda values: values[0])
+        return self._meeting.exchange(self.rank, value, lambda values: values[0])
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace a tensor by rank 0's, in place."""
-        tensor.copy_(self._meeting.exchange(self._rank, tensor.clone(), lambda values: values[0]))
+        tensor.copy_(self._meeting.exchange(self.rank, tensor.clone(), lambda values: values[0]))
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's plain value, in the order of ranks."""
-        return list(self._meeting.exchange(self._rank, value, list))
-
-    def _summed(self, tensor: Tensor) -> None:
-        self.sum(tensor)
+        return list(self._meeting.exchange(self.rank, value, list))
 
 
 class _Meeting:

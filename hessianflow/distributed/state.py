@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hessianflow.distributed.plain import as_bytes
 from hessianflow.interfaces.world import GroupReducer
 
 ByteArray = npt.NDArray[np.uint8]
@@ -38,9 +39,7 @@ def pack(state: Any) -> tuple[Any, ByteArray]:
     data = np.empty(_end(tensors), dtype=np.uint8)
     target = torch.from_numpy(data)
     for slot, tensor in tensors:
-        target[slot.start : slot.stop] = (
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        )
+        target[slot.start : slot.stop] = as_bytes(tensor)
     return skeleton, data
 
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 LOCAL = "127.0.0.1"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -54,9 +54,7 @@ def serve(
             address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=own
         )
     except RuntimeError as error:
-        raise HessianFlowError(
-            f"no store at {address}:{port}: {str(error).splitlines()[0]}"
-        ) from error
+        raise HessianFlowError(f"no store at {address}:{port}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hessianflow.distributed.fingerprint import code_fingerprint
 from hessianflow.distributed.process_group import (
     Generation,
     ProcessGroupReducer,
@@ -19,6 +18,7 @@ from hessianflow.distributed.process_group import (
 )
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
+from hessianflow.distributed.world import code_fingerprint
 from hessianflow.interfaces.world import GroupReducer
 
 Row = Mapping[str, Any]

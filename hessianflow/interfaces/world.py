@@ -35,7 +35,7 @@ class Reducer(Protocol):
 class GroupReducer(Reducer, Protocol):
     """A reducer that can also overlap a sum with other work, and gather a value from every rank."""
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a contiguous `tensor` over ranks in place, and return a function.
 
         Call the function before you read the tensor.
@@ -61,7 +61,7 @@ class LocalReducer:
         """Return the tensor itself."""
         return tensor
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:  # noqa: ARG002
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:  # noqa: ARG002
         """Return a function that does nothing, since there is nothing to wait for."""
         return lambda: None
 

@@ -295,7 +295,7 @@ def sleep(reducer):
 
 @pytest.mark.slow
 def test_launch_refuses_and_gives_up():
-    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="world_size must be a whole number >= 1, got 0"):
         run_local(agree, 0)
     with pytest.raises(ValueError, match=r"ranks \[0\] did not finish in time"):
         run_local(sleep, 1, timeout_seconds=1.5)

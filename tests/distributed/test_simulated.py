@@ -55,5 +55,5 @@ def fail(reducer):
 def test_a_failing_rank_is_the_one_reported():
     with pytest.raises(KeyError, match="rank two"):
         run_simulated(fail, 3)
-    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="world_size must be a whole number >= 1, got 0"):
         run_simulated(fail, 0)
