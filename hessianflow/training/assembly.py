@@ -7,7 +7,6 @@ from typing import Any
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.control_point import ControlPoint
 from hessianflow.training.course import Course
 from hessianflow.training.epoch_end import EpochEnd
 from hessianflow.training.explosion import ExplosionRule
@@ -22,7 +21,7 @@ from hessianflow.training.reporting import Reporter, Reporting
 from hessianflow.training.rollback import Guard
 from hessianflow.training.saving import Saver
 from hessianflow.training.settings import flat, of_controller, of_optimizer
-from hessianflow.training.state import Component, RunState, components, numbered
+from hessianflow.training.state import RunState, components, numbered
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
 from hessianflow.training.task import Groups, Methods, Task
@@ -40,20 +39,21 @@ def assemble(
     rate = LearningRate(task.optimizer, schedule.scheduler, schedule.unit, reference)
     step = _step(task, methods, groups, reference, world)
     stopwatch = step.stopwatch
-    control = ControlPoint(
-        methods.controller,
-        methods.probe,
-        methods.observers,
-        groups.after_epoch.curvature,
-        stopwatch,
-        world,
-    )
     course = Course(task.train_data, task.epochs)
     reporter = _reporter(groups.reporting, course, run_dir, world)
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
     totals = RunningTotals(stopwatch.device, stopwatch.totals(), rule)
     steering = Steering(
-        decision, control, task.train_data, rate, totals, course, reporter, methods.adversary
+        decision,
+        methods,
+        groups.after_epoch.curvature,
+        task.train_data,
+        rate,
+        totals,
+        course,
+        reporter,
+        stopwatch,
+        world,
     )
     keeper = _keeper(task, methods, groups, step, steering, run_dir)
     return _loop(task, groups, step, keeper)
@@ -80,19 +80,8 @@ def _step(
         world,
         paired,
     )
-    return TrainingStep(
-        task.model,
-        task.optimizer,
-        accumulate,
-        microbatch,
-        methods.adversary,
-        methods.transform,
-        stopwatch,
-        stopwatch.device,
-        world,
-        trained,
-        passes.max_grad_norm,
-    )
+    limit = passes.max_grad_norm
+    return TrainingStep(task, methods, accumulate, microbatch, stopwatch, trained, limit)
 
 
 def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate) -> dict[str, Any]:
@@ -130,15 +119,15 @@ def _keeper(
     """Return the part that keeps the state of the run; components are put back in this order."""
     stopwatch = step.stopwatch
     ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
-    held = groups.checkpoints.state.items()
+    held = {f"state {name}": part for name, part in groups.checkpoints.state.items()}
     state = RunState(
         ModelState(task.model, task.optimizer, task.loss_fn),
         task.optimizer,
-        [
-            *components(ahead, step, steering),
-            *numbered("measurement", groups.after_epoch.measurements),
-            *(Component(f"state {name}", part) for name, part in held),
-        ],
+        {
+            **components(ahead, step, steering),
+            **numbered("measurement", groups.after_epoch.measurements),
+            **held,
+        },
         stopwatch,
         _settings(task, methods.controller, groups, steering.rate),
         partial(step.follow, replan=True),

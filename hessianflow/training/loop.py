@@ -190,5 +190,5 @@ class TrainingLoop:
             lr=self.rate.value,
             loss=loss,
             acc=accuracy,
-            eig=self.steering.control.last_eigenvalue,
+            eig=self.steering.last_eigenvalue,
         )

@@ -73,7 +73,7 @@ class Run:
     @property
     def adversary(self) -> Adversary | None:
         """The adversary that attacks the batches; None: there is none."""
-        return self._loop.step.adversary
+        return self._loop.steering.methods.adversary
 
     @property
     def epochs(self) -> int:
@@ -215,7 +215,8 @@ class Run:
             )
         self.world.shard(self.train_data)
         self._loop.keeper.forget_plans()
-        join_parts(self.world, self._loop.steering.control.observers, self._loop.step.adversary)
+        methods = self._loop.steering.methods
+        join_parts(self.world, methods.observers, methods.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
         """Train until `updates` updates have been made in all, or to the end for None.
@@ -271,7 +272,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "optimizer": type(step.optimizer).__name__,
             "controller": _class_of(self.controller),
-            "adversary": _class_of(step.adversary),
+            "adversary": _class_of(self.adversary),
             "epochs": self.epochs,
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,

@@ -21,19 +21,6 @@ from hessianflow.training.step import TrainingStep
 from hessianflow.training.timing import Stopwatch
 
 
-@dataclass(frozen=True)
-class Component:
-    """A part of a run that has a state.
-
-    Attributes:
-        name: the key in checkpoints.
-        part: an object with `state_dict` and `load_state_dict`; None where this run has none.
-    """
-
-    name: str
-    part: Any
-
-
 @dataclass
 class RunState:
     """Everything that must survive an interruption, in the order in which it is taken and put back.
@@ -42,14 +29,15 @@ class RunState:
     counters and time, and last the random generators, from which nothing may draw after that.
 
     Attributes:
-        components: all other parts with a state, in order.
+        components: all other parts with a state, by their keys in checkpoints and in order; None
+            stands for a part that this run does not have.
         settings: the settings of this run as plain values; see :mod:`settings`.
         follow: tells the parts which parameters are trained, once model and optimizer are back.
     """
 
     model: ModelState
     optimizer: Optimizer
-    components: list[Component]
+    components: dict[str, Any]
     stopwatch: Stopwatch
     settings: Mapping[str, Any]
     follow: Callable[[], None]
@@ -68,12 +56,12 @@ class RunState:
             **self.model.capture(),
             "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
-            "parts": {c.name: _captured(c.part) for c in self.components},
+            "parts": {name: _captured(part) for name, part in self.components.items()},
             "generators": checkpoint.generator_states(),
             "counters": self.course.state_dict(),
             "examples": counters.examples,
             "updates": counters.updates,
-            "classes": {c.name: _label(c) for c in self.components},
+            "classes": {name: _label(name, part) for name, part in self.components.items()},
             "settings": checkpoint.plain(dict(self.settings)),
             "decision": checkpoint.plain(dict(vars(decision))),
             "seconds": self.stopwatch.totals(),
@@ -91,14 +79,30 @@ class RunState:
                 `source` names it.
         """
         with restoring(source):
-            present = [c for c in self.components if _is_in(state, c, source)]
+            present = [name for name in self.components if self._is_in(state, name, source)]
             self._restore_trained(state, source)
-            for component in present:
-                component.part.load_state_dict(state["parts"][component.name])
+            for name in present:
+                self.components[name].load_state_dict(state["parts"][name])
             self.course.load_state_dict(state["counters"])
             self.stopwatch.load(state["seconds"])
             _restore_generators(state, rank)
             return Decision(**state["decision"])
+
+    def _is_in(self, state: Mapping[str, Any], name: str, source: str) -> bool:
+        """Return whether both have a part; refuse a part of one alone, or of another class."""
+        part = self.components[name]
+        saved = state["parts"].get(name)
+        if part is None and saved is None:
+            return False
+        if part is None:
+            raise HessianFlowError(f"{source} was made with a {name}")
+        if saved is None:
+            raise HessianFlowError(f"{source} was made without a {name}")
+        made = state["classes"].get(name)
+        own = _label(name, part)
+        if made != own:
+            raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
+        return True
 
     def _restore_trained(self, state: Mapping[str, Any], source: str) -> None:
         """Put back the weights and the optimizer, and tell the parts that follow them."""
@@ -139,28 +143,28 @@ def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
         separate_generators(rank)
 
 
-def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list[Component]:
+def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> dict[str, Any]:
     """Return the components of every run, in the order in which they are taken and put back."""
-    control = steering.control
+    methods = steering.methods
     accumulate = step.accumulate
     queue: Lookahead | None = None
     if ahead.depth > 0:
         queue = ahead
-    return [
-        Component("train_data", steering.train_data),
+    return {
+        "train_data": steering.train_data,
         # The queue ends the attacks under way, which change the adversary's state: it comes first.
-        Component("look-ahead", queue),
-        Component("controller", control.controller),
-        Component("adversary", step.adversary),
-        Component("probe", control.probe),
-        Component("learning rate", steering.rate),
-        Component("loss scale", accumulate.scaler),
-        Component("totals", steering.totals),
-        Component("microbatch", step.microbatch),
-        Component("loss", _stateful(accumulate.loss_fn, nn.Module)),
-        Component("transform", _stateful(step.transform, Stateful)),
-        *numbered("observer", control.observers),
-    ]
+        "look-ahead": queue,
+        "controller": methods.controller,
+        "adversary": methods.adversary,
+        "probe": methods.probe,
+        "learning rate": steering.rate,
+        "loss scale": accumulate.scaler,
+        "totals": steering.totals,
+        "microbatch": step.microbatch,
+        "loss": _stateful(accumulate.loss_fn, nn.Module),
+        "transform": _stateful(methods.transform, Stateful),
+        **numbered("observer", methods.observers),
+    }
 
 
 def _stateful(function: object, kind: type) -> Any:
@@ -170,33 +174,16 @@ def _stateful(function: object, kind: type) -> Any:
     return None
 
 
-def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
+def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
     """Return the parts as components "name 0", "name 1", ..."""
-    return [Component(f"{name} {number}", part) for number, part in enumerate(parts)]
+    return {f"{name} {number}": part for number, part in enumerate(parts)}
 
 
-def _is_in(state: Mapping[str, Any], component: Component, source: str) -> bool:
-    """Return whether run and checkpoint have a part; refuse if one lacks it or classes differ."""
-    name = component.name
-    saved = state["parts"].get(name)
-    if component.part is None and saved is None:
-        return False
-    if component.part is None:
-        raise HessianFlowError(f"{source} was made with a {name}")
-    if saved is None:
-        raise HessianFlowError(f"{source} was made without a {name}")
-    made = state["classes"].get(name)
-    own = _label(component)
-    if made != own:
-        raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
-    return True
-
-
-def _label(component: Component) -> str:
+def _label(name: str, part: Any) -> str:
     """Return the class that a saved part must have; a learning rate compares schedulers itself."""
-    if component.name == "learning rate":
-        return type(component.part).__name__
-    return label(component.part)
+    if name == "learning rate":
+        return type(part).__name__
+    return label(part)
 
 
 def separate_generators(rank: int) -> None:

@@ -6,20 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hessianflow.batches import explaining_types, move, num_examples, training_pair
 from hessianflow.interfaces import (
-    Adversary,
     Batch,
-    BatchTransform,
     BindsParameters,
     Exposure,
     HessianFlowError,
     Progress,
     Stateful,
     StepResult,
-    World,
 )
 from hessianflow.measuring import unwrap
 from hessianflow.structure import article, is_list
@@ -31,6 +27,7 @@ from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
 from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.task import Methods, Task
 from hessianflow.training.timing import Stopwatch
 
 
@@ -43,19 +40,19 @@ class TrainingStep:
     kept only until a step with the present microbatch size has succeeded.
     """
 
-    model: nn.Module
-    optimizer: Optimizer
+    task: Task
+    methods: Methods
     accumulate: GradientAccumulator
     microbatch: MicrobatchSize
-    adversary: Adversary | None
-    transform: BatchTransform | None
     stopwatch: Stopwatch
-    device: torch.device
-    world: World
     trained: TrainedParameters
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None
 
     def __post_init__(self) -> None:
+        self.model = self.task.model
+        self.optimizer = self.task.optimizer
+        self.world = self.accumulate.world
+        self.device = self.stopwatch.device
         backward = self.accumulate.backward
         tell_parameters(backward.observers, backward.parameters)
         self._wanted = gradients_wanted(self.optimizer)
@@ -79,9 +76,10 @@ class TrainingStep:
         """Return a batch on the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
             inputs, targets = training_pair(move(batch, self.device, non_blocking=True))
-            if self.transform is None or num_examples(targets) == 0:
+            transform = self.methods.transform
+            if transform is None or num_examples(targets) == 0:
                 return inputs, targets
-            made = self.transform(inputs, targets, progress)
+            made = transform(inputs, targets, progress)
         if not is_list(made) or len(made) != 2:
             raise HessianFlowError(
                 f"the transform must return a pair (inputs, targets), got {article(made)}"
@@ -208,17 +206,18 @@ class TrainingStep:
 
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
         """Return what to train on: start the attacks that are due, and wait for earlier ones."""
-        if self.adversary is None:
+        adversary = self.methods.adversary
+        if adversary is None:
             return Exposure(now.batch)
         with self.stopwatch.section("adversary"), self.accumulate.autocast():
-            return expose(self.adversary, self.model, now, ahead, size)
+            return expose(adversary, self.model, now, ahead, size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
         stateful: list[Stateful] = [*self.accumulate.backward.observers]
-        if self.adversary is not None:
-            stateful.append(self.adversary)
+        if self.methods.adversary is not None:
+            stateful.append(self.methods.adversary)
         states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]
 
         def undo() -> None:
