@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,11 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, exact_type, weighted
-from hessianflow.training.backward import BackwardPass
-from hessianflow.training.divisor import Divisor
+from hessianflow.training.backward import BackwardPass, Divisor
 from hessianflow.training.evaluate import count_hits
-from hessianflow.training.passes import Precision
 from hessianflow.training.world import LocalWorld
+
+Precision = Literal["float32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

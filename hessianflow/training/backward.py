@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hessianflow.interfaces import GradientObserver, HessianFlowError, World
 from hessianflow.losses import Averaged, Weight
-from hessianflow.training.divisor import in_type_of, ratio
 from hessianflow.training.parameters import name_of
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
@@ -74,8 +73,10 @@ class BackwardPass:
                 " .item() or torch.no_grad() in the model or the loss), or all parameters in it are"
                 " frozen"
             )
-        weight = in_type_of(averaged.value, ratio(averaged.weight, divisor))
+        weight = ratio(averaged.weight, divisor)
         loss = averaged.value
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.dtype)
         if isinstance(weight, Tensor) or weight != 1:
             loss = loss * weight
         scaled = self.scaler.scale(loss)
@@ -235,3 +236,61 @@ class BackwardPass:
 
 def _is_ours(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("hessianflow.")
+
+
+class Divisor:
+    """The divisor of the gradients in `.grad`: the weight of all rows that count.
+
+    For losses of torch it is known before the first forward pass. For others it is known after the
+    last one; until then the number of rows stands in for it.
+
+    Args:
+        rows: the number of rows of the batch.
+        ahead: the weight of the batch, where it is known.
+
+    Attributes:
+        value: the divisor, or what stands in for it.
+    """
+
+    def __init__(self, rows: int, ahead: Weight | None) -> None:
+        self._sum: Weight = 0
+        self._is_known = ahead is not None
+        self.value: Weight = rows
+        if ahead is not None:
+            self.value = ahead
+
+    def expect(self, further: Weight | None) -> None:
+        """Include another batch, of weight `further` where that is known."""
+        if self._is_known and further is not None:
+            self.value = self.value + further
+
+    def add(self, weight: Weight) -> None:
+        """Add the weight of one microbatch."""
+        if not self._is_known:
+            self._sum = self._sum + weight
+
+    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Divide by the sum of the weights added, and rescale what is in `.grad` already."""
+        if self._is_known:
+            return
+        factor = ratio(self.value, self._sum)
+        self.value = self._sum
+        self._is_known = True
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+
+def ratio(part: Weight, whole: Weight) -> Weight:
+    """Return part / whole, and 0 where the whole is 0.
+
+    Where both are the same object it is 1, even if that is 0: the loss of a batch in which no row
+    counts is 0 without a factor.
+    """
+    if part is whole:
+        return 1.0
+    if isinstance(whole, Tensor):
+        return torch.where(whole > 0, part / whole, 0.0)
+    if whole == 0:
+        return 0.0
+    return part / whole

@@ -8,13 +8,12 @@ from hessianflow.interfaces import Batch
 from hessianflow.normalisation.settle import NormStatistics, settle
 from hessianflow.runs import rows
 from hessianflow.runs.names import BEST
-from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.course import Done
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.keeping import Keeper
 from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.task import Task
+from hessianflow.training.task import AfterEpoch, Task
 
 
 @dataclass

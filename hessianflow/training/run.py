@@ -11,7 +11,6 @@ from hessianflow.checks import in_home
 from hessianflow.interfaces import (
     Adversary,
     AgreedError,
-    BatchController,
     Decision,
     HessianFlowError,
     Progress,
@@ -40,23 +39,20 @@ class Run:
         loop: the parts of the run.
         config: settings to write to config.json besides the trainer's own.
         notices: messages for the user as the run begins; empty ones are left out.
+
+    Attributes:
         controller: decides the batch size; None: the batch size stays as it is.
         reference_batch_size: the batch size at which the learning rate is stated.
     """
 
     def __init__(
-        self,
-        loop: TrainingLoop,
-        config: Mapping[str, Any],
-        notices: Sequence[str],
-        controller: BatchController | None,
-        reference_batch_size: int,
+        self, loop: TrainingLoop, config: Mapping[str, Any], notices: Sequence[str]
     ) -> None:
         self._loop = loop
         self._config = dict(config)
         self._notices = [text for text in notices if text]
-        self.controller = controller
-        self.reference_batch_size = reference_batch_size
+        self.controller = loop.steering.methods.controller
+        self.reference_batch_size = loop.rate.reference_batch_size
         self.world.attach(self.model, loop.step.trained.current)
         self.rejoin()
 
