@@ -76,9 +76,8 @@ class AllReducedOperator(Operator):
             failure = error
             weight = math.nan  # the sum then tells all ranks
         self._weight = float(weight)
-        # The host waits for the device once, when the operator is made.
         total = reducer.sum(torch.tensor(self._weight, dtype=torch.float64))
-        self.total_weight = float(total.item())
+        self.total_weight = float(total)  # the host waits once, when the operator is made
         if failure is not None:
             raise failure
         if math.isnan(self.total_weight):
@@ -95,10 +94,7 @@ class AllReducedOperator(Operator):
         self._base.release()
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Return the result of the base's method over the examples of all ranks.
-
-        It is None if the base has no such method, which only operators of a model have.
-        """
+        """Return the base's losses over the examples of all ranks; None if it is of no model."""
         if not isinstance(self._base, JudgesStatistics):
             return None
         losses = self._base.statistics_losses()
@@ -138,8 +134,8 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     start = examples * reducer.rank // reducer.world_size
     stop = examples * (reducer.rank + 1) // reducer.world_size
     rows = slice(start, stop) if stop > start else slice(0, 1)
-    shard_of_rank: Batch = take_rows(batch, rows, examples)
-    return shard_of_rank, stop - start
+    own: Batch = take_rows(batch, rows, examples)
+    return own, stop - start
 
 
 def sharded(

@@ -31,7 +31,8 @@ def run_local(
     """Run `function(reducer, *arguments)` as every rank of a new group, and return all results.
 
     Processes come from a server that has imported torch already: the first call takes seconds,
-    later ones a fraction of a second. If one rank fails the others are ended.
+    later ones a fraction of a second. Results are in the order of ranks. If one rank fails the
+    others are ended.
 
     Args:
         function: Function that can be imported by name from a module.
@@ -39,9 +40,6 @@ def run_local(
         arguments: Further arguments, which must be picklable.
         device: "cpu" (gloo), or "cuda" (NCCL, one device per process).
         timeout_seconds: Time limit of the whole run, and of each collective in it.
-
-    Returns:
-        The results in the order of ranks.
 
     Raises:
         HessianFlowError: A rank failed (the cause of the error holds its traceback), or did not
@@ -51,7 +49,8 @@ def run_local(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = serve()
-    processes, pipes = [], []
+    processes = []
+    pipes = []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         generation = Generation(0, rank, world_size, rank)
@@ -74,9 +73,8 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = multiprocessing.connection.wait(
-            waiting, timeout=max(0.0, deadline - time.monotonic())
-        )
+        left_seconds = max(0.0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(waiting, timeout=left_seconds)
         if not ready:
             left = [rank for rank in range(len(pipes)) if rank not in results]
             raise HessianFlowError(

@@ -34,6 +34,7 @@ TIMEOUT_SECONDS = 600.0
 
 _LONGEST_NUMBER = 18
 """Most characters of a number in the environment."""
+_WAY_OUT = "start with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,11 @@ class Generation:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Generation | None:
-    """Return the membership that the environment describes, as torchrun sets it.
+    """Return the membership that torchrun describes; None without RANK, in a run of one process.
 
     Args:
         environment: Variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None for
             those of this process.
-
-    Returns:
-        The membership; None if RANK is not set, in an ordinary run of one process.
 
     Raises:
         HessianFlowError: RANK is set without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers are
@@ -80,22 +78,15 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
     required = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in required if not environment.get(name)]
     if missing:
-        raise HessianFlowError(
-            f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK"
-        )
+        raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: {_WAY_OUT}")
     port = _number(environment, "MASTER_PORT")
     if not 0 < port < 1 << 16:
-        raise HessianFlowError(
-            f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset"
-            " RANK"
-        )
+        raise HessianFlowError(f"MASTER_PORT must be a port, 1 to 65535, got {port}: {_WAY_OUT}")
     rank = _number(environment, "RANK")
     world_size = _number(environment, "WORLD_SIZE")
-    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
+    local_rank = _number({"LOCAL_RANK": "0", **environment}, "LOCAL_RANK")
     if local_rank < 0:
-        raise HessianFlowError(
-            f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK"
-        )
+        raise HessianFlowError(f"LOCAL_RANK must be at least 0, got {local_rank}: {_WAY_OUT}")
     return Generation(0, rank, world_size, local_rank)
 
 
@@ -127,12 +118,9 @@ def process_group(
     in trouble must not wait for ranks that wait for it.
 
     Args:
-        generation: Membership from :func:`from_environment`.
+        generation: Membership from :func:`from_environment`, whose reducer is yielded.
         device: Device of the model, which decides the backend and becomes the current CUDA device.
         timeout_seconds: Time limit of each collective.
-
-    Yields:
-        The reducer of this generation.
     """
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
@@ -140,10 +128,9 @@ def process_group(
     store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
     # The agent's store outlives workers that it restarts, so each attempt needs its own keys.
     attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    own_keys = PrefixStore(attempt, store)
     with gloo_on_this_machine() if one_machine else nullcontext():
-        reducer = enter(
-            generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds
-        )
+        reducer = enter(generation, own_keys, device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:
@@ -174,8 +161,8 @@ def _meeting_point(
             raise
         raise HessianFlowError(
             f"rank {generation.rank} of {generation.world_size} cannot meet the others at"
-            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {first_line(error)}; start"
-            " with torchrun, or unset RANK"
+            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {first_line(error)};"
+            f" {_WAY_OUT}"
         ) from error
 
 
@@ -216,19 +203,15 @@ def enter(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=timeout_seconds)
     prefixed = PrefixStore(f"generation/{generation.number}", store)
+    rank = generation.rank
+    size = generation.world_size
     try:
-        dist.init_process_group(
-            backend,
-            store=prefixed,
-            rank=generation.rank,
-            world_size=generation.world_size,
-            timeout=wait,
-        )
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:  # both torch's store and gloo raise it
         _forget_failed_group()
         raise HessianFlowError(
-            f"rank {generation.rank} could not meet the {generation.world_size} ranks of generation"
-            f" {generation.number} within {timeout_seconds:g} s: {first_line(error)}"
+            f"rank {rank} could not meet the {size} ranks of generation {generation.number} within"
+            f" {timeout_seconds:g} s: {first_line(error)}"
         ) from error
     return ProcessGroupReducer(generation)
 
@@ -325,6 +308,4 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if len(text) <= _LONGEST_NUMBER and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):
         return int(text)
     shown = repr(text) if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]!r}..."
-    raise HessianFlowError(
-        f"{name} must be a whole number, got {shown}: start with torchrun, or unset RANK"
-    )
+    raise HessianFlowError(f"{name} must be a whole number, got {shown}: {_WAY_OUT}")

@@ -39,17 +39,12 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
     _check_reachable(address)  # even if there is a connection, a wrong address is an error
     if ray.is_initialized():
         return ray
+    # With "local", Ray ignores a stale address file of an earlier cluster.
+    options: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "include_dashboard": False}
     try:
-        if address is None:
-            # With "local", Ray ignores a stale address file of an earlier cluster.
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
-        else:
-            ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(**options, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, AssertionError, ray.exceptions.RayError) as error:
         raise HessianFlowError(
             f"no Ray cluster answers at {address or 'local'}: {first_line(error)}"

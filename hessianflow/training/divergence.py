@@ -29,9 +29,6 @@ class Divergence:
         max_loss_ratio: a loss explodes if it stays above this many times the mean of the run so
             far, for longer than rare large losses do (:mod:`~hessianflow.training.explosion`);
             None: a finite loss never explodes.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     mode: OnDivergence = "stop"

@@ -38,7 +38,7 @@ def expose(
 
     Args:
         adversary: attacks and exposes.
-        model: the model with the weights before the step.
+        model: has the weights before the step.
         now: the batch of this step.
         ahead: the batch of `staleness` steps later; `now` itself without staleness; None where the
             data have ended.
@@ -100,9 +100,9 @@ class Ahead:
         self._adversary = adversary
         self._model = model
         self._microbatch_size = microbatch_size
-        self._queue = Lookahead(
-            _OneEpoch(batches), adversary.staleness, _as_it_is, device, Stopwatch(device)
-        )
+        data = _OneEpoch(batches)
+        depth = adversary.staleness
+        self._queue = Lookahead(data, depth, lambda batch, _: batch, device, Stopwatch(device))
         self._progress = Progress(0, 0, 0, sys.maxsize, 1)
 
     def __iter__(self) -> Iterator[Exposure]:
@@ -195,7 +195,3 @@ class _OneEpoch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing, because there is no state."""
-
-
-def _as_it_is(batch: Batch, progress: Progress) -> Batch:  # noqa: ARG001
-    return batch

@@ -22,9 +22,6 @@ class Reporting:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
         show_progress: whether a progress bar is shown; None: only on a terminal.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     sinks: Iterable[RecordSink] = ()

@@ -27,9 +27,6 @@ class Checkpoints:
             trainer itself saves model, optimizer, scheduler, data, controller, adversary, probe,
             observers, measurements, a transform and a loss that have states, and the global random
             generators.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     every_examples: int | None = None

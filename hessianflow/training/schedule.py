@@ -43,9 +43,6 @@ class Schedule:
             all, so that a schedule counted in steps keeps its meaning when the batch grows.
         reference_batch_size: the batch size at which the learning rate is stated; None: the batch
             size at the start of the run.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     scheduler: LRScheduler | None = None

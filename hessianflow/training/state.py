@@ -52,16 +52,19 @@ class RunState:
         stand for all.
         """
         counters = self.course.counters
+        own = self.components
+        parts: dict[str, Any] = dict.fromkeys(own)
+        parts |= {n: checkpoint.plain(p.state_dict()) for n, p in own.items() if p is not None}
         state = {
             **self.model.capture(),
             "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
-            "parts": {name: _captured(part) for name, part in self.components.items()},
+            "parts": parts,
             "generators": checkpoint.generator_states(),
             "counters": self.course.state_dict(),
             "examples": counters.examples,
             "updates": counters.updates,
-            "classes": {name: _label(name, part) for name, part in self.components.items()},
+            "classes": {name: _label(name, part) for name, part in own.items()},
             "settings": checkpoint.plain(dict(self.settings)),
             "decision": checkpoint.plain(dict(vars(decision))),
             "seconds": self.stopwatch.totals(),
@@ -125,12 +128,6 @@ class RunState:
         check_followed(self.optimizer)
         self.model.restore_beside(state["beside"], source)
         self.follow()
-
-
-def _captured(part: Any) -> Any:
-    if part is None:
-        return None
-    return checkpoint.plain(part.state_dict())
 
 
 def _restore_generators(state: Mapping[str, Any], rank: int) -> None:

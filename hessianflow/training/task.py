@@ -115,9 +115,6 @@ class Passes:
             signal of ABSA's published code.
         precision: "float32", or autocast in "bf16" or "fp16" (the latter with loss scaling).
         max_grad_norm: the gradient of each step is clipped to this norm; None: it is not clipped.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     microbatch_size: int | Literal["auto"] | None = None
@@ -154,9 +151,6 @@ class AfterEpoch:
         after_evaluation: called afterwards, even after an error, to restore the weights.
         measurements: made and recorded, such as
             :class:`~hessianflow.adversarial.RobustnessWatch`.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     curvature: bool = True
@@ -178,7 +172,10 @@ class AfterEpoch:
 
 @dataclass(frozen=True)
 class Groups:
-    """The settings of a trainer, in groups."""
+    """The settings of a trainer, in groups.
+
+    Each group raises a HessianFlowError when a setting is not what it must be.
+    """
 
     schedule: Schedule
     passes: Passes

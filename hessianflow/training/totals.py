@@ -157,22 +157,22 @@ class RunningTotals:
     ) -> dict[str, Any]:
         """Return the row of the epoch just completed; `seconds` are the stopwatch's totals now."""
         loss, accuracy = self.means()
-        eval_loss: float | None = None
-        eval_accuracy: float | None = None
-        if evaluation is not None:
-            eval_loss = evaluation.loss
-            eval_accuracy = evaluation.accuracy
-        spent = {name: value - self._seconds[name] for name, value in seconds.items()}
-        return {
+        row = {
             **place("epoch", progress),
             **self._last_setting(),
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "eval_loss": eval_loss,
-            "eval_accuracy": eval_accuracy,
-            **self._adversarial_gain(),
-            **spent_on(spent, self._sum.examples),
+            "eval_loss": None,
+            "eval_accuracy": None,
         }
+        if evaluation is not None:
+            row["eval_loss"] = evaluation.loss
+            row["eval_accuracy"] = evaluation.accuracy
+        if self._with_twins:
+            # The excess of the twins' mean loss: below 0 the attacks are too stale.
+            row["adversarial_gain"] = self._gain.item() / self._with_twins
+        spent = {name: value - self._seconds[name] for name, value in seconds.items()}
+        return row | spent_on(spent, self._sum.examples)
 
     def _last_setting(self) -> dict[str, float]:
         """Return batch size, rate, factor and share of the latest step of the epoch."""
@@ -185,12 +185,6 @@ class RunningTotals:
             "lr_factor": decision.lr_factor,
             "adversarial_share": self._share,
         }
-
-    def _adversarial_gain(self) -> dict[str, float]:
-        """Return the excess of the twins' mean loss; below 0 the attacks are too stale."""
-        if not self._with_twins:
-            return {}
-        return {"adversarial_gain": self._gain.item() / self._with_twins}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint in the middle of an epoch."""
