@@ -89,14 +89,11 @@ class Keeper:
         """Restore `last.pt`, or set it aside where it is damaged and restore an older checkpoint.
 
         Rank 0 reads the files, because the other ranks need not see its disk. `history_bytes`
-        returns the length of the history.
-
-        Returns:
-            The state that was restored, and a warning when it was not the newest.
+        returns the length of the history. The state restored is returned, with a warning when it
+        was not the newest.
 
         Raises:
-            HessianFlowError: no checkpoint can be restored; the message says what is wrong with the
-                newest.
+            HessianFlowError: no checkpoint can be restored; it says what is wrong with the newest.
         """
         assert self.run_dir is not None
         folder = self.run_dir / CHECKPOINTS

@@ -43,12 +43,12 @@ class ModelState:
         state = self._model.state_dict()
         buffers = dict(self._model.named_buffers())
         known = self._built_buffers
+        own = {n: b for n, b in buffers.items() if n not in state}
+        transient = {n: b for n, b in own.items() if self._is_new(n, b)}
         return {
             "model": state,
             "late_buffers": [n for n in buffers if n in state and n not in known],
-            "transient_buffers": {
-                n: b for n, b in buffers.items() if n not in state and self._is_new(n, b)
-            },
+            "transient_buffers": transient,
             "trainable": self._trainable(),
             "built_trainable": self._built_trainable,
             "evaluating": [n for n, part in self._model.named_modules() if not part.training],

@@ -18,13 +18,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Change:
-    """A change in which parameters are trained.
-
-    Attributes:
-        added: the parameters that are trained from now on.
-        removed: the parameters that are no longer trained.
-        message: the change in words, for the run's record.
-    """
+    """The parameters that are trained from now on and no longer, and a message for the record."""
 
     added: Sequence[nn.Parameter]
     removed: Sequence[nn.Parameter]

@@ -7,11 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.interfaces import HessianFlowError, Progress, RecordSink
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.rows import Record
 from hessianflow.training.arguments import as_list, check_parts
 from hessianflow.training.course import Course
+
+REFRESH_SECONDS = 0.5
+"""Time between two readings of figures from the device. This default is our choice."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,23 @@ class ProgressBar:
     """Shows the examples trained of the whole run, and the latest figures.
 
     Args:
-        total_examples: examples of all epochs.
-        done: examples trained before, in a resumed run.
+        progress: how far the run has come, and its length.
         show: True: always; False: never; None: only on a terminal.
-        refresh_seconds: time between two readings of figures from the device.
     """
 
-    def __init__(
-        self, total_examples: int, done: int, *, show: bool | None, refresh_seconds: float = 0.5
-    ) -> None:
+    def __init__(self, progress: Progress, show: bool | None) -> None:
         disable: bool | None = None  # tqdm then asks the terminal.
         if show is not None:
             disable = not show
         self._bar: tqdm[Any] = tqdm(
-            total=total_examples,
-            initial=done,
+            total=progress.total_epochs * progress.examples_per_epoch,
+            initial=progress.examples,
             disable=disable,
             unit_scale=True,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}",
         )
-        self._refresh_seconds = refresh_seconds
-        self._next = time.monotonic() + refresh_seconds
+        self._next = time.monotonic() + REFRESH_SECONDS
         self._pending = 0
 
     @property
@@ -77,15 +75,15 @@ class ProgressBar:
 
     def move_to(self, examples: int) -> None:
         """Move to `examples`, which may be fewer than before."""
-        self._bar.update(examples - self._bar.n)
-        self._pending = 0
+        self._pending = examples - self._bar.n
+        self._flush()
 
-    def show(self, title: str, **figures: float | int | None) -> None:
-        """Advance the bar, and display the figures that are not None."""
-        self._next = time.monotonic() + self._refresh_seconds
-        self._bar.update(self._pending)
-        self._pending = 0
-        self._bar.set_description(title, refresh=False)
+    def show(self, progress: Progress, figures: Mapping[str, float | int | None]) -> None:
+        """Advance the bar, and display the epoch and the figures that are not None."""
+        self._next = time.monotonic() + REFRESH_SECONDS
+        self._flush()
+        epoch = min(progress.epoch + 1, progress.total_epochs)
+        self._bar.set_description(f"epoch {epoch}/{progress.total_epochs}", refresh=False)
         shown: dict[str, str | int] = {}
         for name, value in figures.items():
             if isinstance(value, float):
@@ -96,9 +94,12 @@ class ProgressBar:
 
     def close(self) -> None:
         """Display the examples counted so far, and end the bar."""
+        self._flush()
+        self._bar.close()
+
+    def _flush(self) -> None:
         self._bar.update(self._pending)
         self._pending = 0
-        self._bar.close()
 
 
 class Reporter:
@@ -117,9 +118,7 @@ class Reporter:
 
     def begin(self) -> None:
         """Show a progress bar from now on."""
-        progress = self._course.progress
-        total = progress.total_epochs * progress.examples_per_epoch
-        self.bar = ProgressBar(total, progress.examples, show=self._show_progress)
+        self.bar = ProgressBar(self._course.progress, self._show_progress)
 
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
@@ -132,13 +131,10 @@ class Reporter:
         self._said.add(event)
 
     def write_all(self, rows_left: list[Record]) -> None:
-        """Write the rows, and take each off the list, so that none is written twice after an
-        error."""
+        """Write the rows, each of which leaves the list: after an error none is written twice."""
         while rows_left:
             self.record.write(rows_left.pop(0))
 
     def show(self, **figures: float | int | None) -> None:
         """Show figures beside the bar; None is left out."""
-        progress = self._course.progress
-        epoch = min(progress.epoch + 1, progress.total_epochs)
-        self.bar.show(f"epoch {epoch}/{progress.total_epochs}", **figures)
+        self.bar.show(self._course.progress, figures)
