@@ -7,20 +7,19 @@ from typing import Any
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
+from hessianflow.training.checkpoint import ModelState, flat, of_controller, of_optimizer
 from hessianflow.training.course import Course
+from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.epoch_end import EpochEnd
-from hessianflow.training.explosion import ExplosionRule
 from hessianflow.training.keeping import Keeper
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import microbatches
-from hessianflow.training.model_state import ModelState
 from hessianflow.training.parameters import TrainedParameters
 from hessianflow.training.reporting import Reporter, Reporting
 from hessianflow.training.rollback import Guard
 from hessianflow.training.saving import Saver
-from hessianflow.training.settings import flat, of_controller, of_optimizer
 from hessianflow.training.state import RunState, components, numbered
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep

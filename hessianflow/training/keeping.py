@@ -20,8 +20,8 @@ from hessianflow.runs.optimizer_states import (
 )
 from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training import checkpoint
+from hessianflow.training.checkpoint import group_names
 from hessianflow.training.lookahead import Lookahead
-from hessianflow.training.model_state import group_names
 from hessianflow.training.optimizers import label
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState

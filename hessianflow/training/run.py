@@ -23,11 +23,11 @@ from hessianflow.runs.history import History
 from hessianflow.runs.rows import Record
 from hessianflow.runs.sinks import LOGGER
 from hessianflow.runs.summary import summary_of
+from hessianflow.training.checkpoint import differences
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.divergence import largest
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.settings import differences
 from hessianflow.training.state import separate_generators
 from hessianflow.training.world import on_first_rank
 

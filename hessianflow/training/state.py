@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from hessianflow.interfaces import Decision, HessianFlowError, Stateful
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
+from hessianflow.training.checkpoint import ModelState
 from hessianflow.training.course import Course
 from hessianflow.training.lookahead import Lookahead
-from hessianflow.training.model_state import ModelState
 from hessianflow.training.optimizers import check_followed, label, set_mode
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
@@ -31,7 +31,7 @@ class RunState:
     Attributes:
         components: all other parts with a state, by their keys in checkpoints and in order; None
             stands for a part that this run does not have.
-        settings: the settings of this run as plain values; see :mod:`settings`.
+        settings: the settings of this run as plain values; see :mod:`checkpoint`.
         follow: tells the parts which parameters are trained, once model and optimizer are back.
     """
 

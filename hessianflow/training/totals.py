@@ -10,8 +10,8 @@ from torch import Tensor
 from hessianflow.interfaces import Decision, Hits, Progress, StepResult
 from hessianflow.losses import Weight, exact_type
 from hessianflow.runs.rows import place, spent_on
+from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.evaluate import Evaluation
-from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
 """Number of results after which their losses are joined into one tensor, without being read. This
