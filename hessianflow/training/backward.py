@@ -25,9 +25,8 @@ _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 class BackwardPass:
     """Adds the gradient of one microbatch after the other to `.grad`.
 
-    Attributes:
-        model: names the parameters in errors.
-        create_graph: whether gradients can be differentiated again.
+    The model names the parameters in errors. With `create_graph` gradients can be differentiated
+    again.
     """
 
     model: nn.Module
@@ -241,15 +240,8 @@ def _is_ours(hook: object) -> bool:
 class Divisor:
     """The divisor of the gradients in `.grad`: the weight of all rows that count.
 
-    For losses of torch it is known before the first forward pass. For others it is known after the
-    last one; until then the number of rows stands in for it.
-
-    Args:
-        rows: the number of rows of the batch.
-        ahead: the weight of the batch, where it is known.
-
-    Attributes:
-        value: the divisor, or what stands in for it.
+    For losses of torch it is known before the first forward pass, as `ahead`. For others it is
+    known after the last one; until then the number of rows stands in for it as the `value`.
     """
 
     def __init__(self, rows: int, ahead: Weight | None) -> None:

@@ -86,10 +86,8 @@ class ModelState:
     buffers that the first forward pass makes; those that are not persistent but were written to;
     and the parameters that only the optimizer holds.
 
-    Args:
-        model: the model; wrappers are looked through.
-        optimizer: the optimizer, whose groups are read again each time.
-        loss_fn: the loss; if it is a module, its parameters are saved elsewhere.
+    Wrappers of the model are looked through, and the groups of the optimizer are read again each
+    time. The parameters of a loss that is a module are saved elsewhere.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: object) -> None:

@@ -31,13 +31,11 @@ MARKED_NUMBERS = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all examples of the evaluation data.
+    """The mean loss over all examples of the evaluation data, and their number.
 
     Attributes:
-        loss: the mean loss.
         accuracy: share of hits among the targets that count; None where outputs are not class
             scores.
-        examples: the number of examples.
     """
 
     loss: float
@@ -54,7 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """Return the mean loss and accuracy of the model in evaluation mode.
 
-    Mode, buffers and random generators are left as they were.
+    Mode, buffers and random generators are left as they were. Each batch is weighted by the divisor
+    of its mean loss.
 
     Args:
         model: any module.
@@ -62,9 +61,6 @@ def evaluate(
         loss_fn: the loss, as in training.
         reducer: of several ranks that hold the same model and data, each of which evaluates its
             share of the batches; None: this process alone.
-
-    Returns:
-        Figures in which each batch is weighted by the divisor of its mean loss.
 
     Raises:
         HessianFlowError: the data hold no example, or were used up by an earlier iteration; the
@@ -139,15 +135,10 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
 
 
 def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
-    """Count the rows whose largest score is at the target class.
+    """Return the rows whose largest score is at the target class, and the targets that count.
 
-    Args:
-        outputs: class scores [B, classes]; others have no hits.
-        targets: class indices [B]; others have no hits.
-        averaged: the loss, which says which targets count.
-
-    Returns:
-        The hits, and the number of targets that count; None where there are no classes.
+    Without class scores [B, classes] and class indices [B] it is None. The loss (`averaged`) says
+    which targets count.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None

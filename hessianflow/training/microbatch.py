@@ -31,13 +31,7 @@ GAIN = 0.97
 
 
 class MicrobatchSize:
-    """The microbatch size in use.
-
-    Args:
-        size: examples per forward pass, or "auto" to find the fastest from `start` upwards.
-        start: the first size under "auto".
-        device: the device on which the passes run.
-    """
+    """The microbatch size in use: as given, or under "auto" the fastest from `start` upwards."""
 
     def __init__(self, size: int | Literal["auto"], start: int, device: torch.device) -> None:
         self._searching = size == "auto"

@@ -28,12 +28,8 @@ class Change:
 class TrainedParameters:
     """The model's trainable parameters, then those that only the optimizer holds, such as a loss's.
 
-    Args:
-        model: the model; a module added to it later is noticed when the optimizer's groups change.
-        optimizer: the optimizer, whose groups are read again each time.
-
-    Attributes:
-        current: the trained parameters as of the last :meth:`ask`.
+    `current` are those as of the last :meth:`ask`. The optimizer's groups are read again each time;
+    a module added to the model later is noticed when they change.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:

@@ -82,11 +82,7 @@ class SteppedSchedule:
         self._counted = _counted_step(scheduler, unit)
 
     def step(self, loss: float, accuracy: float | None) -> None:
-        """Take one step.
-
-        Args:
-            loss: the figure that a ReduceLROnPlateau of mode "min" watches.
-            accuracy: the figure that one of mode "max" watches.
+        """Take one step; a ReduceLROnPlateau of mode "min" watches the loss, else the accuracy.
 
         Raises:
             HessianFlowError: the mode is "max" and there is no accuracy, or the optimizer has
@@ -204,12 +200,11 @@ def misfit(
 
 
 def _length_of_lambda(function: object) -> int | None:
-    steps = None
     if isinstance(function, partial):
         steps = function.keywords.get("num_training_steps")
-    if not isinstance(steps, int):
-        return None
-    return steps
+        if isinstance(steps, int):
+            return steps
+    return None
 
 
 def _check_methods(scheduler: object) -> None:
@@ -240,9 +235,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
-        other = "reference_batch"
-        if in_epochs:
-            other = "epoch"
+        (other,) = {"epoch", "reference_batch"} - {unit}
         raise HessianFlowError(
             f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{other}"'
         )

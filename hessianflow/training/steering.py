@@ -36,13 +36,12 @@ class Steering:
     The controller is asked after every step, and only what it needs is measured. All ranks measure
     together. The controllers of all ranks are shown rank 0's figures, and rank 0's decision counts.
 
+    A probe that is :class:`~hessianflow.interfaces.Budgeted` is asked first; if it declines, the
+    controller decides without a reading.
+
     Attributes:
         decision: the decision in force.
-        methods: the controller; the probe, which is asked first if it is
-            :class:`~hessianflow.interfaces.Budgeted` (if it declines, the controller decides
-            without a reading); and the observers, whose signals go to the controller.
         every_epoch: whether the probe also measures after every epoch.
-        stopwatch: counts the time of the probe.
         last_eigenvalue: the newest top eigenvalue, for display.
     """
 

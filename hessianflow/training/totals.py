@@ -14,17 +14,13 @@ from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.evaluate import Evaluation
 
 UNREAD = 512
-"""Number of results after which their losses are joined into one tensor, without being read. This
-default is our choice."""
+"""Results whose losses are joined into one tensor, without a read. This default is our choice."""
 
 
 class RunningTotals:
     """Sums loss and hits, and finds divergences; adding a step never waits for the device.
 
-    Args:
-        device: the device that holds the sums.
-        seconds: the stopwatch's totals as the epoch begins.
-        rule: judges the losses.
+    The sums are kept on `device`; `seconds` are the stopwatch's totals as the epoch begins.
     """
 
     def __init__(
