@@ -11,28 +11,28 @@ from hessianflow.runs.names import BEST
 from hessianflow.training.course import Done
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.task import AfterEpoch, Task
+from hessianflow.training.task import AfterEpoch
 
 
 @dataclass
 class EpochEnd:
     """Ends an epoch; after an error, a second call continues behind what was done."""
 
-    task: Task
     settings: AfterEpoch
-    keeper: Keeper
-    microbatch: MicrobatchSize
     norm_statistics: NormStatistics
+    keeper: Keeper
 
     def __post_init__(self) -> None:
-        self.course = self.keeper.course
-        self.totals = self.keeper.steering.totals
-        self.rate = self.keeper.steering.rate
-        self.reporter = self.keeper.steering.reporter
-        self.stopwatch = self.keeper.state.stopwatch
-        self.world = self.keeper.world
+        steering = self.keeper.steering
+        self.task = steering.step.task
+        self.microbatch = steering.step.microbatch
+        self.course = steering.course
+        self.totals = steering.totals
+        self.rate = steering.rate
+        self.reporter = steering.reporter
+        self.stopwatch = steering.stopwatch
+        self.world = steering.world
 
     def settle_statistics(self, batch: Batch | None, done: Done) -> None:
         """Measure running statistics again where they have not settled, before any evaluation."""

@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hessianflow.interfaces import HessianFlowError, World
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS, LAST
@@ -21,11 +19,9 @@ from hessianflow.runs.optimizer_states import (
 from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.checkpoint import group_names
-from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.optimizers import label
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
-from hessianflow.training.steering import Steering
 from hessianflow.training.world import on_all_ranks, on_first_rank
 
 
@@ -38,14 +34,14 @@ class Keeper:
     """
 
     run_dir: Path | None
-    model: nn.Module
     state: RunState
     saver: Saver
-    ahead: Lookahead
-    steering: Steering
-    world: World
 
     def __post_init__(self) -> None:
+        self.model = self.state.step.model
+        self.ahead = self.state.ahead
+        self.steering = self.state.steering
+        self.world = self.steering.world
         self.course = self.steering.course
         self.record = self.steering.reporter.record
 
@@ -73,7 +69,7 @@ class Keeper:
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
         """Return the state of the run, with the random generators of every rank."""
-        return self.state.capture(self.steering.decision, self.record.sync(), generators)
+        return self.state.capture(self.record.sync(), generators)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Put back :meth:`state_dict`, which errors call `source`."""

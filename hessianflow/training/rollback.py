@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from hessianflow.runs import rows
 from hessianflow.training.divergence import Divergence, DivergenceError, largest, rate_rule
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.parameters import TrainedParameters
-from hessianflow.training.timing import Stopwatch
 from hessianflow.training.world import on_first_rank
 
 
@@ -16,13 +14,13 @@ class Guard:
     """Looks for a divergence, and rolls back if the settings ask for it."""
 
     divergence: Divergence
-    trained: TrainedParameters
     keeper: Keeper
-    stopwatch: Stopwatch
 
     def __post_init__(self) -> None:
         self.course = self.keeper.course
         self.steering = self.keeper.steering
+        self.trained = self.steering.step.trained
+        self.stopwatch = self.steering.stopwatch
         self.reporter = self.steering.reporter
         self.totals = self.steering.totals
         self.world = self.keeper.world

@@ -1,24 +1,21 @@
 """The whole state of a run, collected for checkpoints and put back."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from hessianflow.interfaces import Decision, HessianFlowError, Stateful
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
 from hessianflow.training.checkpoint import ModelState
-from hessianflow.training.course import Course
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.optimizers import check_followed, label, set_mode
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
-from hessianflow.training.timing import Stopwatch
 
 
 @dataclass
@@ -29,22 +26,51 @@ class RunState:
     counters and time, and last the random generators, from which nothing may draw after that.
 
     Attributes:
-        components: all other parts with a state, by their keys in checkpoints and in order; None
-            stands for a part that this run does not have.
+        further: other parts with a state than every run has, by their keys in checkpoints.
         settings: the settings of this run as plain values; see :mod:`checkpoint`.
-        follow: tells the parts which parameters are trained, once model and optimizer are back.
+        components: all parts with a state besides weights and optimizer, by their keys in
+            checkpoints and in order; None stands for a part that this run does not have.
     """
 
-    model: ModelState
-    optimizer: Optimizer
-    components: dict[str, Any]
-    stopwatch: Stopwatch
+    step: TrainingStep
+    steering: Steering
+    ahead: Lookahead
+    further: Mapping[str, Any]
     settings: Mapping[str, Any]
-    follow: Callable[[], None]
-    course: Course
+
+    def __post_init__(self) -> None:
+        task = self.step.task
+        self.optimizer = task.optimizer
+        self.model = ModelState(task.model, task.optimizer, task.loss_fn)
+        self.course = self.steering.course
+        self.stopwatch = self.step.stopwatch
+        self.components = {**self._parts(), **self.further}
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the parts that every run may have, in the order in which they are put back."""
+        methods = self.step.methods
+        accumulate = self.step.accumulate
+        queue: Lookahead | None = None
+        if self.ahead.depth > 0:
+            queue = self.ahead
+        return {
+            "train_data": self.step.task.train_data,
+            # The queue ends attacks under way, which change the adversary's state: it comes first.
+            "look-ahead": queue,
+            "controller": methods.controller,
+            "adversary": methods.adversary,
+            "probe": methods.probe,
+            "learning rate": self.steering.rate,
+            "loss scale": accumulate.scaler,
+            "totals": self.steering.totals,
+            "microbatch": self.step.microbatch,
+            "loss": _stateful(accumulate.loss_fn, nn.Module),
+            "transform": _stateful(methods.transform, Stateful),
+            **numbered("observer", methods.observers),
+        }
 
     def capture(
-        self, decision: Decision, history_bytes: int, rank_generators: Sequence[Any] | None = None
+        self, history_bytes: int, rank_generators: Sequence[Any] | None = None
     ) -> dict[str, Any]:
         """Return the state as tensors and plain values only.
 
@@ -66,7 +92,7 @@ class RunState:
             "updates": counters.updates,
             "classes": {name: _label(name, part) for name, part in own.items()},
             "settings": checkpoint.plain(dict(self.settings)),
-            "decision": checkpoint.plain(dict(vars(decision))),
+            "decision": checkpoint.plain(dict(vars(self.steering.decision))),
             "seconds": self.stopwatch.totals(),
             "history_bytes": history_bytes,
         }
@@ -92,7 +118,7 @@ class RunState:
             return Decision(**state["decision"])
 
     def _is_in(self, state: Mapping[str, Any], name: str, source: str) -> bool:
-        """Return whether both have a part; refuse a part of one alone, or of another class."""
+        """Return whether run and state have a part; refuse if one lacks it, or classes differ."""
         part = self.components[name]
         saved = state["parts"].get(name)
         if part is None and saved is None:
@@ -127,7 +153,7 @@ class RunState:
             ) from None
         check_followed(self.optimizer)
         self.model.restore_beside(state["beside"], source)
-        self.follow()
+        self.step.follow(replan=True)
 
 
 def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
@@ -138,30 +164,6 @@ def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
     else:
         checkpoint.restore_generators(state["generators"])
         separate_generators(rank)
-
-
-def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> dict[str, Any]:
-    """Return the components of every run, in the order in which they are taken and put back."""
-    methods = steering.methods
-    accumulate = step.accumulate
-    queue: Lookahead | None = None
-    if ahead.depth > 0:
-        queue = ahead
-    return {
-        "train_data": steering.train_data,
-        # The queue ends the attacks under way, which change the adversary's state: it comes first.
-        "look-ahead": queue,
-        "controller": methods.controller,
-        "adversary": methods.adversary,
-        "probe": methods.probe,
-        "learning rate": steering.rate,
-        "loss scale": accumulate.scaler,
-        "totals": steering.totals,
-        "microbatch": step.microbatch,
-        "loss": _stateful(accumulate.loss_fn, nn.Module),
-        "transform": _stateful(methods.transform, Stateful),
-        **numbered("observer", methods.observers),
-    }
 
 
 def _stateful(function: object, kind: type) -> Any:

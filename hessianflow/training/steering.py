@@ -9,8 +9,6 @@ from hessianflow.interfaces import (
     CurvatureReading,
     Decision,
     Progress,
-    ResizableBatches,
-    World,
 )
 from hessianflow.runs import rows
 from hessianflow.training.course import Course, Done
@@ -18,8 +16,7 @@ from hessianflow.training.divergence import hold
 from hessianflow.training.exposing import share_in_force
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.reporting import Reporter
-from hessianflow.training.task import Methods
-from hessianflow.training.timing import Stopwatch
+from hessianflow.training.step import TrainingStep
 from hessianflow.training.totals import RunningTotals
 
 OVER_BUDGET = (
@@ -46,16 +43,19 @@ class Steering:
     """
 
     decision: Decision
-    methods: Methods
     every_epoch: bool
-    train_data: ResizableBatches
+    step: TrainingStep
     rate: LearningRate
     totals: RunningTotals
     course: Course
     reporter: Reporter
-    stopwatch: Stopwatch
-    world: World
     last_eigenvalue: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.methods = self.step.methods
+        self.train_data = self.step.task.train_data
+        self.stopwatch = self.step.stopwatch
+        self.world = self.step.world
 
     def decide(self, at_end: bool, done: Done) -> None:
         """Measure, ask the controller and apply its decision, unless `done` says that was done."""
