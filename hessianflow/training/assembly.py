@@ -15,7 +15,7 @@ from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import microbatches
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.optimizers import TrainedParameters
 from hessianflow.training.reporting import Reporter, Reporting
 from hessianflow.training.rollback import Guard
 from hessianflow.training.saving import Saver

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hessianflow.interfaces import GradientObserver, HessianFlowError, World
 from hessianflow.losses import Averaged, Weight
-from hessianflow.training.parameters import name_of
+from hessianflow.training.optimizers import name_of
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 

@@ -38,9 +38,9 @@ def expose(
 
     Args:
         adversary: attacks and exposes.
-        model: has the weights before the step.
+        model: the model with the weights before the step.
         now: the batch of this step.
-        ahead: the batch of `staleness` steps later; `now` itself without staleness; None where the
+        ahead: the batch of `staleness` steps later, without staleness `now` itself; None where the
             data have ended.
         microbatch_size: most rows attacked in one forward pass; None: the adversary's own setting.
     """

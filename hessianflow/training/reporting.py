@@ -10,7 +10,7 @@ from tqdm import tqdm
 from hessianflow.interfaces import HessianFlowError, Progress, RecordSink
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.rows import Record
-from hessianflow.training.arguments import as_list, check_parts
+from hessianflow.training.checks import as_list, check_parts
 from hessianflow.training.course import Course
 
 REFRESH_SECONDS = 0.5

@@ -10,7 +10,7 @@ from hessianflow.checks import check_count, check_limit
 from hessianflow.interfaces import HessianFlowError, Stateful
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
-from hessianflow.training.arguments import check_parts
+from hessianflow.training.checks import check_parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Saver:
     def __init__(self, when: Checkpoints) -> None:
         self._when = when
         self._time = time.monotonic()
-        self._proven: set[str] = set()
+        self._proven: set[bool] = set()
 
     def is_due(self, examples_since: int) -> bool:
         """Return whether a checkpoint is due, `examples_since` the last one."""
@@ -71,11 +71,9 @@ class Saver:
         checkpoints.save(path, state, self._when.keep)
         # An unreadable state should fail now rather than at a resume. The check is repeated once
         # the first steps have filled the state.
-        stage = "new"
-        if state["updates"] > 0:
-            stage = "filled"
-        if stage not in self._proven:
-            self._proven.add(stage)
+        is_filled = state["updates"] > 0
+        if is_filled not in self._proven:
+            self._proven.add(is_filled)
             try:
                 checkpoints.load(path)
             except HessianFlowError as error:

@@ -25,8 +25,12 @@ from hessianflow.training.checks import tell_parameters
 from hessianflow.training.exposing import expose
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
-from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.optimizers import (
+    TrainedParameters,
+    gradients_wanted,
+    wants_graph,
+    without_closure,
+)
 from hessianflow.training.task import Methods, Task
 from hessianflow.training.timing import Stopwatch
 

@@ -1,6 +1,6 @@
 """The arguments of a trainer: a task, the methods to do it with, and groups of settings.
 
-Each record checks its own members; :mod:`checks` tells whether they fit together.
+Each record checks its own members; the trainer checks whether they fit together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from hessianflow.interfaces import (
 )
 from hessianflow.normalisation.settle import NormStatistics
 from hessianflow.training.accumulate import Precision
-from hessianflow.training.arguments import (
+from hessianflow.training.checks import (
     as_list,
     check_data,
     check_functions,

@@ -25,9 +25,9 @@ from hessianflow.interfaces import (
     ResizableBatches,
     World,
 )
-from hessianflow.training.arguments import as_group
 from hessianflow.training.assembly import assemble
 from hessianflow.training.checks import (
+    as_group,
     check_probe,
     check_run,
     check_signals,

@@ -31,11 +31,7 @@ class LocalWorld(LocalReducer):
         """Do nothing: the data stay whole."""
 
     def begin(self, examples: int) -> None:
-        """Remember the size of the batch.
-
-        Raises:
-            HessianFlowError: the batch is empty.
-        """
+        """Remember the size of the batch, and refuse an empty one."""
         if examples == 0:
             raise HessianFlowError(
                 "a batch of 0 examples has no mean loss: check the training data"
