@@ -1,7 +1,7 @@
 """Ranks that train one model: process groups, gradient sums, curvature over ranks, simulation."""
 
 from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
-from hessianflow.distributed.launch import run_local
+from hessianflow.distributed.launch import run_local, run_simulated
 from hessianflow.distributed.process_group import (
     Generation,
     ProcessGroupReducer,
@@ -9,7 +9,6 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.distributed.world import (

@@ -46,8 +46,9 @@ def pack(state: Any) -> tuple[Any, ByteArray]:
 def unpack(skeleton: Any, data: ByteArray) -> Any:
     """Return the nested state, with tensors on the CPU and independent of `data`."""
     # The arrays of an object store are read-only, which torch does not support.
-    writable = data if data.flags.writeable else data.copy()
-    return _filled(skeleton, torch.from_numpy(writable))
+    if not data.flags.writeable:
+        data = data.copy()
+    return _filled(skeleton, torch.from_numpy(data))
 
 
 def broadcast_state(reducer: GroupReducer, state: Any) -> Any:

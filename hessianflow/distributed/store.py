@@ -28,12 +28,8 @@ def serve(
     """Return a store that listens on one address of this machine.
 
     If the machine itself does not have the address (behind a translation of addresses), the store
-    listens on all its addresses.
-
-    Args:
-        address: Name or number of this machine.
-        port: Port to listen on; 0 for any free one, which the store's `port` names.
-        timeout: Time limit of the store's own calls.
+    listens on all its addresses. A port of 0 stands for any free one, which the store's `port`
+    names; the timeout is that of the store's own calls.
 
     Raises:
         HessianFlowError: The port is taken, or torch could not serve there.

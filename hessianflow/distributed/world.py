@@ -80,20 +80,15 @@ class GroupWorld:
     """
 
     def __init__(self, reducer: GroupReducer, device: torch.device | str = "cpu") -> None:
-        self._reducer = reducer
+        self._follow(reducer)
         self.device = torch.device(device)
         self._wishes: Callable[[], Wishes] = Wishes
         self.agreed = Wishes()
 
-    @property
-    def rank(self) -> int:
-        """Return the rank of this process."""
-        return self._reducer.rank
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks."""
-        return self._reducer.world_size
+    def _follow(self, reducer: GroupReducer) -> None:
+        self._reducer = reducer
+        self.rank = reducer.rank
+        self.world_size = reducer.world_size
 
     @property
     def waited_seconds(self) -> float:
@@ -102,7 +97,7 @@ class GroupWorld:
 
     def rejoin(self, reducer: GroupReducer) -> None:
         """Continue, between two steps, in another generation of the group, without its state."""
-        self._reducer = reducer
+        self._follow(reducer)
         self._synchronizer.rejoin(reducer)
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

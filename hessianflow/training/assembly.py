@@ -6,7 +6,7 @@ from typing import Any
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.checkpoint import flat, of_controller, of_optimizer
+from hessianflow.training.checkpoint import flat, of_optimizer
 from hessianflow.training.course import Course
 from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.epoch_end import EpochEnd
@@ -101,7 +101,7 @@ def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate
         "precision": groups.passes.precision,
         "max_grad_norm": groups.passes.max_grad_norm,
         "max_loss_ratio": groups.divergence.max_loss_ratio,
-        **of_controller(controller),
+        **flat("controller", getattr(controller, "__dict__", {})),
         **of_optimizer(task.optimizer),
         **flat("scheduler", rate.settings),
     }

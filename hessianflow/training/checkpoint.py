@@ -244,11 +244,6 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     return options
 
 
-def of_controller(controller: object) -> dict[str, Any]:
-    """Return the public attributes of a controller, such as the cap on the batch size."""
-    return flat("controller", getattr(controller, "__dict__", {}))
-
-
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Return a message about a run that is resumed with other settings; empty where none differ."""
     changed = [key for key in own if key in saved and saved[key] != own[key]]

@@ -53,10 +53,7 @@ class Divergence:
     def cap(self, growths: Sequence[dict[str, Any]], rollbacks: int, cap: int | None) -> int | None:
         """Return the largest batch to allow from now on; None: stop.
 
-        Args:
-            growths: rows of the growths so far.
-            rollbacks: the number of rollbacks so far.
-            cap: the largest batch allowed so far; None: no limit.
+        It follows from the rows of growths, the number of rollbacks and the cap so far.
         """
         if self.mode == "stop" or not growths or rollbacks >= self.max_rollbacks:
             return None
@@ -69,8 +66,7 @@ class Divergence:
 def rate_rule(decisions: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """Return (p, factor): the last growth scaled the rate by batch^p, p in [0, 1], from `factor`.
 
-    Args:
-        decisions: rows of all changes so far, the last growth among them.
+    `decisions` are the rows of all changes so far.
     """
     last = max(index for index, row in enumerate(decisions) if row["to"] > row["from"])
     row = decisions[last]

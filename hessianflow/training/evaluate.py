@@ -26,7 +26,7 @@ from hessianflow.training.world import LocalWorld
 MARKED_ROWS = 8
 """Rows at the beginning of each tensor that a fingerprint covers. This default is our choice."""
 MARKED_NUMBERS = 4096
-"""Most numbers in these rows that a fingerprint covers. This default is our choice."""
+"""Most numbers in these rows that it covers. This default is our choice."""
 
 
 @dataclass(frozen=True)

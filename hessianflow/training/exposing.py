@@ -115,12 +115,10 @@ class Ahead:
                 check_staleness(self._queue.depth, 1, len(self._queue), 1)
             exposure = expose(self._adversary, self._model, now, ahead, self._microbatch_size)
             self._queue.trained()
-            self._progress = replace(
-                self._progress,
-                epoch=int(now.ends_epoch),
-                examples=self._progress.examples + now.examples,
-                updates=self._progress.updates + 1,
-            )
+            epoch = int(now.ends_epoch)
+            examples = self._progress.examples + now.examples
+            updates = self._progress.updates + 1
+            self._progress = Progress(epoch, examples, updates, sys.maxsize, 1)
             yield exposure
 
     def state_dict(self) -> dict[str, Any]:

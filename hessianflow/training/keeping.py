@@ -61,11 +61,9 @@ class Keeper:
             return
         with self.state.stopwatch.section("checkpoint"):
             generators = self.world.gather(checkpoint.generator_states())
-
-            def save() -> None:
-                self.saver.save(folder, self.state_dict(generators), name)
-
-            on_first_rank(self.world, save)
+            on_first_rank(
+                self.world, lambda: self.saver.save(folder, self.state_dict(generators), name)
+            )
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
         """Return the state of the run, with the random generators of every rank."""

@@ -1,6 +1,6 @@
 """Questions that the trainer asks of any optimizer, and which parameters it trains."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from operator import is_not
@@ -117,16 +117,11 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 def label(part: object, depth: int = 3) -> str:
     """Return the class of a part and those of the stateful parts that it wraps: SAM(SGD)."""
-    inner: list[str] = []
+    wrapped: list[object] = []
     if depth > 1:
-        inner = [label(held, depth - 1) for held in _wrapped(part)]
-    return with_inner(type(part).__name__, inner)
-
-
-def _wrapped(part: object) -> Iterator[object]:
-    for held in getattr(part, "__dict__", {}).values():
-        if isinstance(held, Stateful) and not isinstance(held, (nn.Module, type)):
-            yield held
+        held = [h for h in getattr(part, "__dict__", {}).values() if isinstance(h, Stateful)]
+        wrapped = [h for h in held if not isinstance(h, (nn.Module, type))]
+    return with_inner(type(part).__name__, [label(h, depth - 1) for h in wrapped])
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:

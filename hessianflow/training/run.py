@@ -160,10 +160,8 @@ class Run:
     def _tell(self, changed: str = "") -> None:
         """Record and log, once a run, the notices and the settings `changed` by a resume."""
         reporter = self._loop.reporter
-        for event, message in [
-            *(("notice", text) for text in self._notices),
-            ("settings", changed),
-        ]:
+        messages = [("notice", text) for text in self._notices]
+        for event, message in [*messages, ("settings", changed)]:
             if message and not reporter.record.has_event(event, message):
                 reporter.event(event, message)
                 if self.world.rank == 0:
@@ -173,8 +171,7 @@ class Run:
         """Ask the loop to save a checkpoint and return after the present step, or the one after it.
 
         A request made while the end of an epoch is recorded (by a sink or a measurement) takes
-        effect there. The call is safe in a signal handler. On several ranks, one call on any rank
-        is enough.
+        effect there. The call is safe in a signal handler, and one call on any rank is enough.
         """
         self._loop.stop_requested = True
 
@@ -215,9 +212,7 @@ class Run:
         join_parts(self.world, methods.observers, methods.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until `updates` updates have been made in all, or to the end for None.
-
-        The records stay open for more.
+        """Train until `updates` updates have been made, or to the end; the records stay open.
 
         Raises:
             DivergenceError: the loss stopped being finite.
@@ -229,10 +224,7 @@ class Run:
         return self._loop.keeper.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
-        """Continue from the :meth:`state_dict` of a trainer with the same settings.
-
-        `source` names the state in errors.
-        """
+        """Continue from a :meth:`state_dict` of the same settings; errors call it `source`."""
         self._loop.keeper.load_state_dict(state, source)
 
     def _run(self) -> History:

@@ -153,10 +153,7 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Return the number of steps that a scheduler takes in a run.
-
-    `batches_per_epoch` is the number of examples divided by the reference batch size.
-    """
+    """Return the steps that a scheduler takes in a run, with so many reference batches an epoch."""
     if unit == "epoch":
         return epochs
     return int(epochs * batches_per_epoch + 1e-9)

@@ -103,8 +103,7 @@ class TrainingStep:
     def follow(self, *, replan: bool = False) -> None:
         """Train the parameters that model and optimizer name now; `news` says what changed.
 
-        Args:
-            replan: all ranks continue from the same state, and may plan their sums again.
+        With `replan` all ranks continue from the same state, and may plan their sums again.
 
         Raises:
             HessianFlowError: more is trained on several ranks, or an observer cannot be told.
@@ -237,8 +236,6 @@ class TrainingStep:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or the processor's allocator, which has no type for it, ran out."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "t allocate" in str(error)
-    )
+    text = str(error)
+    of_processor = "not enough memory" in text or "t allocate" in text
+    return isinstance(error, torch.OutOfMemoryError) or of_processor

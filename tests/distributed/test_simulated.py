@@ -5,8 +5,7 @@ from test_distributed_curvature import dense_eigenvalues, measure
 from test_process_group import agree
 from test_synchronize import check_equal, unequal
 
-from hessianflow.distributed.launch import run_local
-from hessianflow.distributed.simulated import run_simulated
+from hessianflow.distributed.launch import run_local, run_simulated
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 20])
