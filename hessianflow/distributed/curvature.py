@@ -146,11 +146,8 @@ def sharded(
     Each rank multiplies with the matrix of its shard of the probe batch, which must be the same on
     all ranks, and products are summed. If batch normalisation uses the statistics of the batch
     (`norm_mode="batch"`, or layers without running statistics), it needs the whole batch, so every
-    rank measures all of it.
-
-    Args:
-        reducer: Reducer of the group, or the trainer's world.
-        make: Function that makes a rank's own operator from (model, loss_fn, batch) and options.
+    rank measures all of it. The reducer is that of the group, or the trainer's world; `make` makes
+    a rank's own operator from (model, loss_fn, batch) and options.
     """
 
     def operator(model: nn.Module, loss_fn: LossFn, batch: Batch, **options: Any) -> Operator:

@@ -151,7 +151,7 @@ def run_simulated(function: Callable[..., Any], world_size: int, *arguments: Any
         try:
             return function(SimulatedReducer(rank, meeting), *arguments)
         except BaseException:
-            meeting.close()
+            meeting.barrier.abort()  # ends the waiting of all ranks
             raise
 
     with ThreadPoolExecutor(world_size) as threads:
@@ -202,20 +202,16 @@ class _Meeting:
         self._values: list[Any] = [None] * world_size
         self._combine: Callable[[list[Any]], Any] = list
         self._result: Any = None
-        self._barrier = threading.Barrier(world_size, action=self._finish)
+        self.barrier = threading.Barrier(world_size, action=self._finish)
 
     def exchange(self, rank: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """Return `combine` of all ranks' values, computed once when the last rank has arrived."""
         self._values[rank] = value
         self._combine = combine
-        self._barrier.wait()
+        self.barrier.wait()
         # No second wait is needed: the next exchange cannot end before this thread, which has read
         # the result, takes part in it.
         return self._result
-
-    def close(self) -> None:
-        """End the waiting of all ranks, after one has failed."""
-        self._barrier.abort()
 
     def _finish(self) -> None:
         self._result = self._combine(list(self._values))

@@ -26,9 +26,7 @@ _NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
-    """Return the bytes of a plain value.
-
-    Tensors return on the CPU, and NumPy's numbers as Python's.
+    """Return the bytes of a plain value; tensors return on the CPU, NumPy's numbers as Python's.
 
     Raises:
         HessianFlowError: Something in it is no plain value; the message names its type.

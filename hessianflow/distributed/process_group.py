@@ -144,8 +144,7 @@ def _meeting_point(
 ) -> TCPStore:
     """Return the store of the launcher's environment, which this process serves or connects to.
 
-    Rank 0 serves on MASTER_ADDR alone, if that is an address of its machine that the others can
-    reach.
+    Rank 0 serves on MASTER_ADDR alone, if the others can reach that address of its machine.
     """
     wait = timedelta(seconds=timeout_seconds)
     # torchrun's agent already serves this store; under another launcher rank 0 does.
@@ -191,8 +190,7 @@ def enter(
     """Form the default process group of one generation, once all its ranks have arrived.
 
     Raises:
-        HessianFlowError: This process is still in a group, or some ranks did not arrive within the
-            timeout.
+        HessianFlowError: This process is still in a group, or some ranks did not arrive in time.
     """
     if dist.is_initialized():
         raise HessianFlowError(
@@ -219,9 +217,8 @@ def enter(
 def leave(*, collect: bool = False) -> None:
     """Leave the group together with all its ranks.
 
-    Args:
-        collect: Run the garbage collector first (0.3 s), as needed after the use of a
-            DistributedDataParallel object.
+    With `collect` the garbage collector runs first (0.3 s), as needed after the use of a
+    DistributedDataParallel object.
     """
     if collect:
         gc.collect()

@@ -79,9 +79,7 @@ class GradientSynchronizer:
     def begin(self, examples: int, *, weight: float | Tensor | None = None) -> None:
         """Announce this rank's share of the next batch, without an exchange.
 
-        Args:
-            examples: Number of examples of this rank, possibly 0.
-            weight: Weight of this rank's mean loss; None for `examples`.
+        The weight of its mean loss is the number of examples, possibly 0, unless it is given.
         """
         if weight is None:
             weight = examples
@@ -94,10 +92,8 @@ class GradientSynchronizer:
         """Let buckets leave while active, since every gradient that is computed is final then.
 
         The context may be entered again in the same step, after the pass failed (out of memory) and
-        all were repeated: a bucket that had left before the failure holds the same numbers.
-
-        Args:
-            weight: Weight in place of the announced one; a tensor on a GPU is not waited for here.
+        all were repeated: a bucket that had left before the failure holds the same numbers. A
+        weight replaces the announced one; if it is a tensor on a GPU, there is no wait for it here.
         """
         if weight is not None:
             self._read_weight = _number(weight)
@@ -112,15 +108,10 @@ class GradientSynchronizer:
     def finish(
         self, own: StepResult | None = None, flags: Sequence[int] = ()
     ) -> tuple[StepResult, tuple[int, ...]]:
-        """Wait until all gradients are those of the whole batch.
+        """Wait until all gradients are those of the whole batch; return its result on every rank.
 
-        Args:
-            own: Result of this rank's share; None without examples.
-            flags: Further numbers to sum over ranks, such as 1 for a request to stop; as many on
-                every rank.
-
-        Returns:
-            The result of the whole batch, and the sums of the flags, the same on every rank.
+        The result of this rank's share is None without examples. Flags are further numbers, as many
+        on every rank, whose sums are returned too, such as 1 for a request to stop.
         """
         nothing = StepResult(torch.zeros((), device=self._device), 0)
         own = own or nothing

@@ -105,10 +105,8 @@ class GradientAccumulator:
         """Replace every `.grad` by the gradient of the mean loss over a batch on its device.
 
         Under fp16 it is multiplied by the loss scale. Each forward pass has at most
-        `microbatch_size` examples; with None the whole batch is one pass.
-
-        Raises:
-            HessianFlowError: the loss cannot be cut into microbatches.
+        `microbatch_size` examples; with None the whole batch is one pass. A loss that cannot be cut
+        into microbatches is refused.
         """
         own = self.expose(Exposure(batch), microbatch_size)
         if own.failure is not None:
@@ -118,10 +116,8 @@ class GradientAccumulator:
     def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> StepResult:
         """Replace every `.grad` by the gradient that `exposure` asks for; without rows, by None.
 
-        Rows drawn and their twins never share a forward pass.
-
-        Raises:
-            HessianFlowError: a gradient by the inputs is wanted and the loss has none.
+        Rows drawn and their twins never share a forward pass. A loss without the gradient by the
+        inputs is refused where that is wanted.
         """
         self.backward.clear()
         if self.paired and exposure.twins is not None:
@@ -179,8 +175,7 @@ class GradientAccumulator:
     def reduce_over_ranks(self, own: StepResult) -> StepResult:
         """Turn every `.grad` into that of the rows of all ranks, and show it to the observers.
 
-        Raises:
-            HessianFlowError: no rank has a row, or a rank's loss cannot be cut into microbatches.
+        All ranks refuse a batch without rows, and a loss that cannot be cut into microbatches.
         """
         result = self.world.finish(own)
         if result.failure is not None:

@@ -97,10 +97,9 @@ class BackwardPass:
                 pass
 
     def _be_zero(self) -> None:
-        """Set the gradient to 0 where no row of the batch counts.
+        """Set the gradient to 0 where no row of the batch counts, as losses of torch do.
 
-        Losses of torch give that gradient too. Momentum continues, and a scaler of the loss finds
-        the gradients that it must check.
+        Momentum then continues, and a scaler of the loss finds the gradients that it must check.
         """
         if all(parameter.grad is None for parameter in self.parameters):
             for parameter in self.parameters:
@@ -200,10 +199,7 @@ class BackwardPass:
                 )
 
     def show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
-        """Show the observers the gradient of the mean loss over all `total` rows.
-
-        `.grad` holds `factor` times that gradient; None: the gradient itself.
-        """
+        """Show observers the gradient over all `total` rows; `.grad` is `factor` times that."""
         if not self.observers:
             return
         gradients = self._shown([parameter.grad for parameter in self.parameters])

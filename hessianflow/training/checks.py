@@ -230,9 +230,8 @@ def unheld_state(run_dir: object, optimizer: Optimizer, state: Mapping[str, obje
 def must_pair(model: nn.Module, world: World, microbatch_size: object) -> bool:
     """Return whether all ranks must make the same forward passes, because of a SyncBatchNorm.
 
-    Raises:
-        HessianFlowError: the layer cannot run on this device, or ranks may cut their rows into
-            different numbers of microbatches.
+    A layer that cannot run on this device is refused, and a size by which ranks may cut their rows
+    into different numbers of microbatches.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     if not layers or world.world_size == 1:
@@ -254,9 +253,7 @@ def join_parts(
 ) -> None:
     """Tell the parts that work on one rank's examples about the other ranks.
 
-    Raises:
-        HessianFlowError: on several ranks, an observer that cannot join them, or an adversary with
-            a staleness above 0.
+    On several ranks, an observer that cannot join them is refused, and a staleness above 0.
     """
     if world.world_size > 1 and adversary is not None and adversary.staleness > 0:
         raise HessianFlowError(

@@ -84,11 +84,10 @@ class EpochEnd:
 
     def _evaluate(self, done: Done) -> None:
         task = self.task
-        if task.eval_data is not None:
+        data = task.eval_data
+        if data is not None:
             with self.stopwatch.section("evaluation"):
-                done.evaluation = evaluate(
-                    task.model, task.eval_data, task.loss_fn, reducer=self.world
-                )
+                done.evaluation = evaluate(task.model, data, task.loss_fn, reducer=self.world)
         seconds = self.stopwatch.totals()
         done.row = self.totals.epoch_row(self.course.progress, done.evaluation, seconds)
         if done.remeasured:
@@ -100,8 +99,7 @@ class EpochEnd:
             with self.stopwatch.section("evaluation"):
                 figures, warning = measurement()
             done.measurements += 1
-            progress = self.course.progress
-            row = rows.measurement_row(progress, measurement.kind, figures)
+            row = rows.measurement_row(self.course.progress, measurement.kind, figures)
             self.reporter.record.write(row)
             if warning:
                 self.reporter.event("alarm", warning)

@@ -76,8 +76,8 @@ def evaluate(
     check_split = SplitCheck(mean_loss)
     with measuring(model) as inner, torch.no_grad():
         # Sums of loss, its weight, hits, targets that count, examples, batches without classes, and
-        # of the fingerprint and its square. A tensor that the caller's inference mode had made
-        # could not be written to here.
+        # of the fingerprint and its square. A tensor made in the caller's inference mode could not
+        # be written to here.
         sums = torch.zeros(8, dtype=exact_type(device), device=device)
         for number, batch in enumerate(as_batches(data)):
             if number == 0 and ranks.world_size > 1:

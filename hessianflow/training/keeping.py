@@ -27,11 +27,7 @@ from hessianflow.training.world import on_all_ranks, on_first_rank
 
 @dataclass
 class Keeper:
-    """Saves the state of a run, and puts it back.
-
-    Attributes:
-        run_dir: folder of the run, on all ranks; None: nothing is written.
-    """
+    """Saves the state of a run in its folder `run_dir` (None: nowhere), and puts it back."""
 
     run_dir: Path | None
     state: RunState

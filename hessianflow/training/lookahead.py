@@ -28,12 +28,11 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass
 class Planned:
-    """One batch, from its drawing to its step.
+    """One batch, from its drawing to its step, with the decision in force when it was drawn.
 
     Attributes:
         batch: (inputs, targets), on the device, transformed.
         examples: the number drawn from the data; a transform may change the number of rows.
-        decision: the decision in force when it was drawn.
         attacked: waits for the adversarial inputs; None: no attack was started.
         ends_epoch: whether the data ended the epoch after it, short of their number of examples.
     """

@@ -81,11 +81,7 @@ class MicrobatchSize:
                 self._size = size
 
     def out_of_memory(self, batch_size: int) -> None:
-        """Halve the size for good, because a step of `batch_size` examples did not fit.
-
-        Raises:
-            HessianFlowError: one example does not fit.
-        """
+        """Halve the size for good, because a step of `batch_size` examples did not fit."""
         tried = min(self.size, batch_size)
         if tried <= 1:
             raise HessianFlowError(

@@ -96,8 +96,7 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 def wants_graph(optimizer: Optimizer) -> bool:
     """Return whether the optimizer differentiates the gradients again.
 
-    Such an optimizer has a true `is_second_order` (as timm's do), or a step that could take the
-    Hessian instead.
+    It then has a true `is_second_order` (as timm's do), or a step that could take the Hessian.
     """
     says_so = isinstance(optimizer, SecondOrder) and bool(optimizer.is_second_order)
     return says_so or "hessian" in signature(optimizer.step).parameters

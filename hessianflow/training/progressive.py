@@ -79,8 +79,7 @@ class ProgressiveResize:
 def resized(images: Tensor, resolution: int) -> Tensor:
     """Return square images [N, C, S, S] as [N, C, resolution, resolution]; at S unchanged.
 
-    Raises:
-        HessianFlowError: images that are not square, or smaller than `resolution`.
+    Images that are not square, or smaller than `resolution`, are refused.
     """
     height, width = images.shape[-2:]
     if height != width:

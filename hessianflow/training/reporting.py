@@ -44,9 +44,7 @@ class Reporting:
 class ProgressBar:
     """Shows the examples trained of the whole run, and the latest figures.
 
-    Args:
-        progress: how far the run has come, and its length.
-        show: True: always; False: never; None: only on a terminal.
+    With `show` True it always does, with False never, and with None only on a terminal.
     """
 
     def __init__(self, progress: Progress, show: bool | None) -> None:
@@ -103,11 +101,9 @@ class ProgressBar:
 
 
 class Reporter:
-    """Writes rows and events of a run, and moves its progress bar.
+    """Writes rows and events of a run, and moves the progress bar of the present training.
 
-    Attributes:
-        record: the records, with a directory and sinks on rank 0 alone.
-        bar: the progress bar of the present or the last training.
+    The record has a directory and sinks on rank 0 alone.
     """
 
     def __init__(self, record: Recorder, course: Course, show_progress: bool | None) -> None:

@@ -69,8 +69,7 @@ class Saver:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / CHECKPOINTS / name
         checkpoints.save(path, state, self._when.keep)
-        # An unreadable state should fail now rather than at a resume. The check is repeated once
-        # the first steps have filled the state.
+        # An unreadable state should fail now rather than at a resume: new, and filled by steps.
         is_filled = state["updates"] > 0
         if is_filled not in self._proven:
             self._proven.add(is_filled)

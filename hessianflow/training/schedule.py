@@ -243,9 +243,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     required = required_arguments(scheduler.step)
     if not required:
         return None
-    method = "step"
-    if unit == "reference_batch":
-        method = "step_update"
+    method = {"epoch": "step", "reference_batch": "step_update"}[unit]
     if required != ["epoch"] or not hasattr(scheduler, method):
         raise HessianFlowError(
             f"{name}.step needs {', '.join(required)}, which the trainer cannot pass"

@@ -58,11 +58,7 @@ class LocalWorld(LocalReducer):
 
 
 def on_first_rank(world: World, action: Callable[[], T]) -> T:
-    """Act on rank 0, and return the result (plain values) on every rank.
-
-    Raises:
-        HessianFlowError: the error of the action, on every rank.
-    """
+    """Act on rank 0, and return the result (plain values), or raise the error, on every rank."""
     value = None
     message: str | None = None
     failure: HessianFlowError | None = None
@@ -81,11 +77,7 @@ def on_first_rank(world: World, action: Callable[[], T]) -> T:
 
 
 def on_all_ranks(world: World, action: Callable[[], T]) -> T:
-    """Act on every rank; if one of them fails, fail on all, so that none waits for it.
-
-    Raises:
-        HessianFlowError: the error of the first rank on which the action failed, on every rank.
-    """
+    """Act on every rank; if one fails, raise the first error on all, so that none waits for it."""
     own: str | None = None
     failure: HessianFlowError | None = None
     try:
