@@ -126,15 +126,10 @@ class ExplosionRule:
     def __init__(self, ratio: float | None) -> None:
         self._ratio = ratio
         self._count = 0
-        self._mean = 0.0
+        self.mean = 0.0  # Of the losses so far, without those of the present streak.
         self._was_below = False
         self.forget_streak()
         self._known = 0, 0.0
-
-    @property
-    def mean(self) -> float:
-        """Mean of the losses so far, without those of the present streak."""
-        return self._mean
 
     @property
     def in_doubt(self) -> bool:
@@ -149,7 +144,7 @@ class ExplosionRule:
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return number
-            is_above = self._is_far_above(loss, self._mean, self._count)
+            is_above = self._is_far_above(loss, self.mean, self._count)
             self._streak.append(abs(loss))
             if is_above:
                 self._above += 1
@@ -169,7 +164,7 @@ class ExplosionRule:
 
     def start_epoch(self) -> None:
         """Remember the mean so far, with which the mean of the epoch is compared."""
-        self._known = self._count, self._mean
+        self._known = self._count, self.mean
 
     def epoch_exploded(self, mean: float) -> bool:
         """Return whether the mean loss of an epoch lies far above that of all epochs before.
@@ -190,7 +185,7 @@ class ExplosionRule:
         """Return the mean so far and the present streak."""
         return {
             "count": self._count,
-            "mean": self._mean,
+            "mean": self.mean,
             "known": list(self._known),
             "streak": list(self._streak),
             "above": self._above,
@@ -200,7 +195,7 @@ class ExplosionRule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back the mean and the streak of :meth:`state_dict`."""
         self._count = int(state["count"])
-        self._mean = float(state["mean"])
+        self.mean = float(state["mean"])
         count, mean = state["known"]
         self._known = int(count), float(mean)
         self._streak = list(state["streak"])
@@ -213,7 +208,7 @@ class ExplosionRule:
     def _take(self, losses: Sequence[float]) -> None:
         for loss in losses:
             self._count += 1
-            self._mean += (loss - self._mean) / self._count
+            self.mean += (loss - self.mean) / self._count
 
 
 def streak_needed(count: int) -> int:

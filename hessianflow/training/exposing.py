@@ -150,9 +150,11 @@ def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tenso
     mean over the twins, so that every row has equal weight. With `exposure.average` that is divided
     by 1 + M / N. Clean rows and twins take a forward pass each.
 
-    The model is called in its current mode. An exposure from :class:`Ahead` that wants the gradient
-    by its inputs is given that when the loss is differentiated. `loss_fn` gives a mean over
-    examples (or a sum or a vector: see `LossFn`).
+    Args:
+        model: called in its current mode.
+        exposure: from :class:`Ahead`. If it wants the gradient by its inputs, differentiating the
+            loss supplies that.
+        loss_fn: a mean over examples (or a sum or a vector: see `LossFn`).
     """
     inputs, targets = exposure.batch
     if exposure.on_input_gradient is not None:

@@ -41,12 +41,6 @@ class Keeper:
         self.course = self.steering.course
         self.record = self.steering.reporter.record
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a checkpoint is due by the number of examples since the last one."""
-        counters = self.course.counters
-        return self.saver.is_due(counters.examples - counters.saved_at)
-
     def save(self, name: str = LAST) -> None:
         """Write a checkpoint on rank 0, if the run has a folder."""
         if name == LAST:

@@ -11,6 +11,7 @@ from hessianflow.interfaces import HessianFlowError, Stateful
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
 from hessianflow.training.checks import check_parts
+from hessianflow.training.course import Counters
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Saver:
         self._time = time.monotonic()
         self._proven: set[bool] = set()
 
-    def is_due(self, examples_since: int) -> bool:
-        """Return whether a checkpoint is due, `examples_since` the last one."""
+    def is_due(self, counters: Counters) -> bool:
+        """Return whether a checkpoint is due by the examples since the last one."""
         every = self._when.every_examples
-        return every is not None and examples_since >= every
+        return every is not None and counters.examples - counters.saved_at >= every
 
     @property
     def time_is_up(self) -> bool:
