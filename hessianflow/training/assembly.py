@@ -70,7 +70,7 @@ def _step(
     task: Task, methods: Methods, passes: Passes, reference: int, world: World
 ) -> TrainingStep:
     """Return the part that takes a step, on the device of the model."""
-    stopwatch = Stopwatch(task.device)
+    stopwatch = Stopwatch(next(task.model.parameters()).device)
     examples = task.train_data.num_examples
     microbatch, paired = microbatches(
         task.model, world, passes.microbatch_size, reference, examples

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -57,11 +56,6 @@ class Task:
             raise HessianFlowError(f"model must be a torch.nn.Module, got {named(self.model)}")
         check_data(self.train_data, self.eval_data)
         check_functions(loss_fn=self.loss_fn)
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which the model is trained."""
-        return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -164,8 +158,8 @@ class AfterEpoch:
                 "AfterEpoch.curvature must be True (after every epoch) or False (when the"
                 f" controller needs it), got {self.curvature!r}"
             )
-        check_functions(before_evaluation=self.before_evaluation)
-        check_functions(after_evaluation=self.after_evaluation)
+        before = self.before_evaluation
+        check_functions(before_evaluation=before, after_evaluation=self.after_evaluation)
         object.__setattr__(self, "measurements", as_list("measurements", self.measurements))
         check_parts(measurements=self.measurements)
 

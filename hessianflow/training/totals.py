@@ -48,9 +48,7 @@ class RunningTotals:
         self._gain = torch.zeros((), dtype=self._exact, device=self._device)
         self._with_twins = 0
         self._setting: dict[str, float] = {}
-        self._decision: Decision | None = None
-        self._rate = 0.0
-        self._share = 0.0
+        self._latest: tuple[Decision, float, float] | None = None
         self._judge()
         self._rule.start_epoch()
 
@@ -67,9 +65,7 @@ class RunningTotals:
         self._updates = update
         if len(self._unread) >= UNREAD:
             self._join()
-        self._decision = decision
-        self._rate = rate
-        self._share = share
+        self._latest = (decision, rate, share)
 
     def last_loss(self) -> float:
         """Return the mean loss of the latest optimization batch (waits for the device)."""
@@ -172,14 +168,14 @@ class RunningTotals:
 
     def _last_setting(self) -> dict[str, float]:
         """Return batch size, rate, factor and share of the latest step of the epoch."""
-        decision = self._decision
-        if decision is None:  # All steps of the epoch were made before an interruption.
+        if self._latest is None:  # All steps of the epoch were made before an interruption.
             return dict(self._setting)
+        decision, rate, share = self._latest
         return {
             "batch_size": decision.batch_size,
-            "lr": self._rate,
+            "lr": rate,
             "lr_factor": decision.lr_factor,
-            "adversarial_share": self._share,
+            "adversarial_share": share,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +209,7 @@ class RunningTotals:
         self._gain = state["gain"].to(self._device)
         self._with_twins = state["with_twins"]
         self._setting = dict(state["setting"])
-        self._decision = None
+        self._latest = None
         self._seconds = dict(state["seconds"])
         self.forget_divergence()
         self._rule.load_state_dict(state["explosion"])
