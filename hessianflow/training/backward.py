@@ -18,8 +18,6 @@ from hessianflow.interfaces import GradientObserver, HessianFlowError, World
 from hessianflow.losses import Averaged, Weight
 from hessianflow.training.optimizers import name_of
 
-_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
-
 
 @dataclass
 class BackwardPass:
@@ -81,7 +79,7 @@ class BackwardPass:
         scaled = self.scaler.scale(loss)
         matters = bool(self.observers) or not last or self.world.world_size > 1
         hooked = matters and self._is_hooked()
-        context = _NO_CONTEXT
+        context: AbstractContextManager[None] = nullcontext()
         if last and not hooked:
             # Ranks send each gradient as soon as it is complete; hooks must have run before that.
             context = self.world.last_backward(divisor)
