@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TypeVar
 
 from hessianflow.interfaces.errors import HessianFlowError
+
+T = TypeVar("T")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -14,18 +17,42 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_count(name: str, value: object, low: int = 1, none: str = "") -> None:
-    """Refuse a value that is not a whole number >= `low`; NumPy's pass, True and False do not.
+def check_count(name: str, value: T, low: int = 1, none: str = "") -> T:
+    """Return the value if it is a whole number >= `low`; NumPy's pass, True and False do not.
 
     If `none` is not empty, None is allowed, and `none` says what it means.
     """
     if none and value is None:
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         way_out = ""
         if none:
             way_out = f": use None for {none}"
         raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}{way_out}")
+    return value
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    low: float = 0.0,
+    above: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return the value if it is finite and >= `low`, > `above`, <= `high` and < `below`.
+
+    Raises:
+        HessianFlowError: the value is no such number.
+    """
+    if is_number(value) and math.isfinite(value) and low <= value <= high and above < value < below:
+        return value
+    bounds = [f" >= {low:g}", f" <= {high:g}", f" < {below:g}"]
+    if above >= low:
+        bounds[0] = f" > {above:g}"
+    stated = " and".join(bound for bound in bounds if "inf" not in bound)
+    raise HessianFlowError(f"{name} must be a finite number{stated}, got {value!r}")
 
 
 def check_limit(name: str, value: object, none: str, above: float = 0) -> None:

@@ -31,7 +31,7 @@ from hessianflow.runs.documents import read_config
 from hessianflow.runs.names import CHECKPOINTS, CONFIG, LAST
 from hessianflow.runs.states import check_weights
 from hessianflow.training import checkpoint
-from hessianflow.training.passes import Precision
+from hessianflow.training.accumulate import Precision
 from hessianflow.upgrade import upgrade
 
 EVALUATION_BATCH = {"cpu": 128}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessianflow.distributed.reducers import GroupReducer, LocalReducer
+from hessianflow.distributed import GroupReducer, LocalReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.interfaces import Hits, StepResult
 

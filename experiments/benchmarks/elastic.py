@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 from hessianflow import AdaptiveBatchTrainer, models
 from hessianflow.data import DeviceBatches
-from hessianflow.distributed import GroupWorld, run_local
+from hessianflow.distributed import GroupReducer, GroupWorld, run_local
 from hessianflow.distributed.ray_session import connect
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.dual_batch.actors import ServerActor
 from hessianflow.dual_batch.server import ParameterServer

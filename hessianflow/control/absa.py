@@ -34,7 +34,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hessianflow.control.checks import check_number, check_optional_count
+from hessianflow.checks import check_number
+from hessianflow.control.checks import check_optional_count
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces.control import CurvatureReading, Progress

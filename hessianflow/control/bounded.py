@@ -3,8 +3,8 @@
 import math
 from typing import TypeVar, get_args
 
-from hessianflow.checks import check_choice
-from hessianflow.control.checks import check_number, check_optional_count, check_optional_number
+from hessianflow.checks import check_choice, check_number
+from hessianflow.control.checks import check_optional_count, check_optional_number
 from hessianflow.control.controller import Controller, ControllerState
 from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces.errors import HessianFlowError

@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hessianflow.checks import check_count, check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import check_count, check_number, require_signals
+from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
 from hessianflow.facts import RunFacts
@@ -86,7 +87,7 @@ class CABS(BoundedController[CABSState]):
                 "smoothing must be < 1, got 1: the averages would stay where they start"
             )
         self.scale = check_number("scale", scale, above=0)
-        self.loss_floor = check_number("loss_floor", loss_floor)
+        self.loss_floor = check_number("loss_floor", loss_floor, low=-math.inf)
         self.every_updates = check_count("every_updates", every_updates)
 
     @classmethod

@@ -3,39 +3,10 @@
 The message names the parameter, its bound and the value received.
 """
 
-import math
 from collections.abc import Mapping
 
+from hessianflow.checks import check_count, check_number
 from hessianflow.interfaces.errors import HessianFlowError
-
-
-def check_count(name: str, value: int, minimum: int = 1) -> int:
-    """Return `value` if it is a whole number >= `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise HessianFlowError(f"{name} must be a whole number >= {minimum}, got {value!r}")
-    return value
-
-
-def check_number(
-    name: str,
-    value: float,
-    *,
-    above: float | None = None,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> float:
-    """Return `value` if it is finite, > `above` and within [low, high]."""
-    finite = isinstance(value, (int, float)) and math.isfinite(value)
-    if finite and low <= value <= high and (above is None or value > above):
-        return value
-    bounds = []
-    if above is not None:
-        bounds.append(f" > {above:g}")
-    if low > -math.inf:
-        bounds.append(f" >= {low:g}")
-    if high < math.inf:
-        bounds.append(f" <= {high:g}")
-    raise HessianFlowError(f"{name} must be a finite number{' and'.join(bounds)}, got {value!r}")
 
 
 def check_optional_count(name: str, value: int | None) -> int | None:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from hessianflow.control.checks import check_cap, check_count, check_fits
+from hessianflow.checks import check_count
+from hessianflow.control.checks import check_cap, check_fits
 from hessianflow.interfaces.control import NO_SIGNALS, CurvatureReading, Decision, Progress
 from hessianflow.interfaces.errors import HessianFlowError
 

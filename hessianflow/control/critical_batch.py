@@ -53,13 +53,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hessianflow.checks import check_count, check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import (
-    check_count,
-    check_number,
-    check_optional_number,
-    require_signals,
-)
+from hessianflow.control.checks import check_optional_number, require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces.control import CurvatureReading

@@ -17,8 +17,9 @@ weights move during the epoch, so GD does not belong to a single point.
 
 import math
 
+from hessianflow.checks import check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import check_number, require_signals
+from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate

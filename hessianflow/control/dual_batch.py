@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from hessianflow.checks import check_choice
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.checks import check_choice, check_count, check_number
 from hessianflow.control.time_model import TimeModel
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces.errors import HessianFlowError

@@ -10,8 +10,7 @@ For a batch k times larger,
 import math
 from typing import Literal, get_args
 
-from hessianflow.checks import check_choice
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.checks import check_choice, check_count, check_number
 
 LRRule = Literal["linear", "sqrt", "none"]
 

@@ -22,8 +22,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hessianflow.checks import check_count, check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import check_count, check_number, require_signals
+from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule
 from hessianflow.interfaces.errors import HessianFlowError

@@ -22,8 +22,9 @@ scale. The published tests take one batch each. Changes of less than the hystere
 import math
 from dataclasses import dataclass
 
+from hessianflow.checks import check_count, check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import check_count, check_number, require_signals
+from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate

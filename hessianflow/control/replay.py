@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hessianflow.control.checks import check_count
+from hessianflow.checks import check_count
 from hessianflow.interfaces.control import BatchController, CurvatureReading, Decision, Progress
 from hessianflow.interfaces.errors import HessianFlowError
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from hessianflow.checks import check_choice
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.checks import check_choice, check_count, check_number
 from hessianflow.interfaces.control import (
     NO_SIGNALS,
     BatchController,

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from hessianflow.control.checks import check_cap, check_count, check_number
+from hessianflow.checks import check_count, check_number
+from hessianflow.control.checks import check_cap
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.facts import RunFacts

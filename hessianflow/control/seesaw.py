@@ -29,8 +29,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from hessianflow.checks import check_number
 from hessianflow.control.bounded import BoundedController
-from hessianflow.control.checks import check_number, require_signals
+from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces.control import Progress

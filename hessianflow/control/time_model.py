@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from hessianflow.control.checks import check_count, check_number
+from hessianflow.checks import check_count, check_number
 from hessianflow.interfaces.errors import HessianFlowError
 
 

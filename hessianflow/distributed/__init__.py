@@ -1,8 +1,7 @@
 """Ranks that train one model: process groups, gradient sums, curvature over ranks, simulation."""
 
 from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
-from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
-from hessianflow.distributed.launch import run_local
+from hessianflow.distributed.launch import run_local, run_simulated
 from hessianflow.distributed.process_group import (
     Generation,
     ProcessGroupReducer,
@@ -10,11 +9,15 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.reducers import GroupReducer, LocalReducer
-from hessianflow.distributed.simulated import run_simulated
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
-from hessianflow.distributed.world import GroupWorld, launched_world
+from hessianflow.distributed.world import (
+    GroupWorld,
+    check_same_program,
+    code_fingerprint,
+    launched_world,
+)
+from hessianflow.interfaces.world import GroupReducer, LocalReducer
 
 __all__ = [
     "AllReducedOperator",

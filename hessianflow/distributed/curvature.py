@@ -35,11 +35,9 @@ class MeanLossOperator(LinearOperator, Protocol):
     @property
     def loss_weight(self) -> float:
         """Return the divisor of the mean over this rank's examples."""
-        ...
 
     def release(self) -> None:
         """Free the memory that is kept between products."""
-        ...
 
 
 class AllReducedOperator(Operator):
@@ -78,9 +76,8 @@ class AllReducedOperator(Operator):
             failure = error
             weight = math.nan  # the sum then tells all ranks
         self._weight = float(weight)
-        # The host waits for the device once, when the operator is made.
         total = reducer.sum(torch.tensor(self._weight, dtype=torch.float64))
-        self.total_weight = float(total.item())
+        self.total_weight = float(total)  # the host waits once, when the operator is made
         if failure is not None:
             raise failure
         if math.isnan(self.total_weight):
@@ -97,10 +94,7 @@ class AllReducedOperator(Operator):
         self._base.release()
 
     def statistics_losses(self) -> tuple[float, float, float] | None:
-        """Return the result of the base's method over the examples of all ranks.
-
-        It is None if the base has no such method, which only operators of a model have.
-        """
+        """Return the base's losses over the examples of all ranks; None if it is of no model."""
         if not isinstance(self._base, JudgesStatistics):
             return None
         losses = self._base.statistics_losses()
@@ -140,8 +134,8 @@ def shard(batch: Batch, reducer: Reducer) -> tuple[Batch, int]:
     start = examples * reducer.rank // reducer.world_size
     stop = examples * (reducer.rank + 1) // reducer.world_size
     rows = slice(start, stop) if stop > start else slice(0, 1)
-    shard_of_rank: Batch = take_rows(batch, rows, examples)
-    return shard_of_rank, stop - start
+    own: Batch = take_rows(batch, rows, examples)
+    return own, stop - start
 
 
 def sharded(
@@ -152,11 +146,8 @@ def sharded(
     Each rank multiplies with the matrix of its shard of the probe batch, which must be the same on
     all ranks, and products are summed. If batch normalisation uses the statistics of the batch
     (`norm_mode="batch"`, or layers without running statistics), it needs the whole batch, so every
-    rank measures all of it.
-
-    Args:
-        reducer: Reducer of the group, or the trainer's world.
-        make: Function that makes a rank's own operator from (model, loss_fn, batch) and options.
+    rank measures all of it. The reducer is that of the group, or the trainer's world; `make` makes
+    a rank's own operator from (model, loss_fn, batch) and options.
     """
 
     def operator(model: nn.Module, loss_fn: LossFn, batch: Batch, **options: Any) -> Operator:

@@ -26,9 +26,7 @@ _NATIVE = frozenset({bool, int, float, str, type(None)})
 
 
 def dumps(value: Any) -> bytes:
-    """Return the bytes of a plain value.
-
-    Tensors return on the CPU, and NumPy's numbers as Python's.
+    """Return the bytes of a plain value; tensors return on the CPU, NumPy's numbers as Python's.
 
     Raises:
         HessianFlowError: Something in it is no plain value; the message names its type.
@@ -93,13 +91,14 @@ def _pairs(value: Mapping[Any, Any]) -> list[Any]:
 
 
 def _tensor(value: Tensor) -> list[Any]:
-    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return [
-        "tensor",
-        str(value.dtype).removeprefix("torch."),
-        list(value.shape),
-        b64encode(content).decode(),
-    ]
+    dtype = str(value.dtype).removeprefix("torch.")
+    content = b64encode(as_bytes(value).numpy().tobytes()).decode()
+    return ["tensor", dtype, list(value.shape), content]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor as a flat tensor on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _array(value: NDArray[Any]) -> list[Any]:
@@ -159,12 +158,10 @@ def _record(module: str, name: str, kept: dict[str, Any]) -> Any:
 
 def _is_record(kind: Any) -> bool:
     """Return whether this is a frozen dataclass of this package, made from its fields alone."""
-    own = (
-        isinstance(kind, type)
-        and kind.__module__.partition(".")[0] == _PACKAGE
-        and is_dataclass(kind)
-    )
-    return own and kind.__dataclass_params__.frozen and all(field.init for field in fields(kind))
+    if not isinstance(kind, type) or kind.__module__.partition(".")[0] != _PACKAGE:
+        return False
+    is_frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return is_frozen and all(field.init for field in fields(kind))
 
 
 _DECODERS: Mapping[str, Callable[..., Any]] = {

@@ -27,13 +27,14 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.store import gloo_on_this_machine, serve
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 TIMEOUT_SECONDS = 600.0
 """Time that a rank waits for the others in one collective, torch's own default for NCCL."""
 
 _LONGEST_NUMBER = 18
 """Most characters of a number in the environment."""
+_WAY_OUT = "start with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,11 @@ class Generation:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Generation | None:
-    """Return the membership that the environment describes, as torchrun sets it.
+    """Return the membership that torchrun describes; None without RANK, in a run of one process.
 
     Args:
         environment: Variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None for
             those of this process.
-
-    Returns:
-        The membership; None if RANK is not set, in an ordinary run of one process.
 
     Raises:
         HessianFlowError: RANK is set without WORLD_SIZE, MASTER_ADDR or MASTER_PORT, or numbers are
@@ -80,22 +78,15 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Generation
     required = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in required if not environment.get(name)]
     if missing:
-        raise HessianFlowError(
-            f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK"
-        )
+        raise HessianFlowError(f"RANK is set but {', '.join(missing)} is not: {_WAY_OUT}")
     port = _number(environment, "MASTER_PORT")
     if not 0 < port < 1 << 16:
-        raise HessianFlowError(
-            f"MASTER_PORT must be a port, 1 to 65535, got {port}: start with torchrun, or unset"
-            " RANK"
-        )
+        raise HessianFlowError(f"MASTER_PORT must be a port, 1 to 65535, got {port}: {_WAY_OUT}")
     rank = _number(environment, "RANK")
     world_size = _number(environment, "WORLD_SIZE")
-    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
+    local_rank = _number({"LOCAL_RANK": "0", **environment}, "LOCAL_RANK")
     if local_rank < 0:
-        raise HessianFlowError(
-            f"LOCAL_RANK must be at least 0, got {local_rank}: start with torchrun, or unset RANK"
-        )
+        raise HessianFlowError(f"LOCAL_RANK must be at least 0, got {local_rank}: {_WAY_OUT}")
     return Generation(0, rank, world_size, local_rank)
 
 
@@ -127,12 +118,9 @@ def process_group(
     in trouble must not wait for ranks that wait for it.
 
     Args:
-        generation: Membership from :func:`from_environment`.
+        generation: Membership from :func:`from_environment`, whose reducer is yielded.
         device: Device of the model, which decides the backend and becomes the current CUDA device.
         timeout_seconds: Time limit of each collective.
-
-    Yields:
-        The reducer of this generation.
     """
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
@@ -140,10 +128,9 @@ def process_group(
     store = _meeting_point(generation, address, port, timeout_seconds, one_machine)
     # The agent's store outlives workers that it restarts, so each attempt needs its own keys.
     attempt = f"hessianflow/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    own_keys = PrefixStore(attempt, store)
     with gloo_on_this_machine() if one_machine else nullcontext():
-        reducer = enter(
-            generation, PrefixStore(attempt, store), device, timeout_seconds=timeout_seconds
-        )
+        reducer = enter(generation, own_keys, device, timeout_seconds=timeout_seconds)
     try:
         yield reducer
     except BaseException:
@@ -157,8 +144,7 @@ def _meeting_point(
 ) -> TCPStore:
     """Return the store of the launcher's environment, which this process serves or connects to.
 
-    Rank 0 serves on MASTER_ADDR alone, if that is an address of its machine that the others can
-    reach.
+    Rank 0 serves on MASTER_ADDR alone, if the others can reach that address of its machine.
     """
     wait = timedelta(seconds=timeout_seconds)
     # torchrun's agent already serves this store; under another launcher rank 0 does.
@@ -174,8 +160,8 @@ def _meeting_point(
             raise
         raise HessianFlowError(
             f"rank {generation.rank} of {generation.world_size} cannot meet the others at"
-            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {_first_line(error)}; start"
-            " with torchrun, or unset RANK"
+            f" {address}:{port}, as MASTER_ADDR and MASTER_PORT say: {first_line(error)};"
+            f" {_WAY_OUT}"
         ) from error
 
 
@@ -204,8 +190,7 @@ def enter(
     """Form the default process group of one generation, once all its ranks have arrived.
 
     Raises:
-        HessianFlowError: This process is still in a group, or some ranks did not arrive within the
-            timeout.
+        HessianFlowError: This process is still in a group, or some ranks did not arrive in time.
     """
     if dist.is_initialized():
         raise HessianFlowError(
@@ -216,19 +201,15 @@ def enter(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=timeout_seconds)
     prefixed = PrefixStore(f"generation/{generation.number}", store)
+    rank = generation.rank
+    size = generation.world_size
     try:
-        dist.init_process_group(
-            backend,
-            store=prefixed,
-            rank=generation.rank,
-            world_size=generation.world_size,
-            timeout=wait,
-        )
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:  # both torch's store and gloo raise it
         _forget_failed_group()
         raise HessianFlowError(
-            f"rank {generation.rank} could not meet the {generation.world_size} ranks of generation"
-            f" {generation.number} within {timeout_seconds:g} s: {_first_line(error)}"
+            f"rank {rank} could not meet the {size} ranks of generation {generation.number} within"
+            f" {timeout_seconds:g} s: {first_line(error)}"
         ) from error
     return ProcessGroupReducer(generation)
 
@@ -236,9 +217,8 @@ def enter(
 def leave(*, collect: bool = False) -> None:
     """Leave the group together with all its ranks.
 
-    Args:
-        collect: Run the garbage collector first (0.3 s), as needed after the use of a
-            DistributedDataParallel object.
+    With `collect` the garbage collector runs first (0.3 s), as needed after the use of a
+    DistributedDataParallel object.
     """
     if collect:
         gc.collect()
@@ -255,24 +235,12 @@ def abort() -> None:
 
 
 class ProcessGroupReducer:
-    """The reducer of the default process group, made by :func:`enter`.
-
-    Attributes:
-        generation: Membership to which this reducer belongs.
-    """
+    """The reducer of the default process group, made by :func:`enter` for one `generation`."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-
-    @property
-    def rank(self) -> int:
-        """Return the rank of this process."""
-        return self.generation.rank
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks."""
-        return self.generation.world_size
+        self.rank = generation.rank
+        self.world_size = generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, in `tensor` itself unless it is not contiguous."""
@@ -280,11 +248,12 @@ class ProcessGroupReducer:
         dist.all_reduce(summed)
         return summed
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a contiguous tensor in place, and return a function that waits for it."""
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
-        return lambda: _finish(work)
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's plain value on every rank; rank 0 keeps its own object."""
@@ -331,19 +300,9 @@ def _carrier(content: bytes, size: int) -> Tensor:
     return carrier
 
 
-def _finish(work: Any) -> None:
-    work.wait()
-
-
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment[name]
     if len(text) <= _LONGEST_NUMBER and re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):
         return int(text)
     shown = repr(text) if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]!r}..."
-    raise HessianFlowError(
-        f"{name} must be a whole number, got {shown}: start with torchrun, or unset RANK"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    raise HessianFlowError(f"{name} must be a whole number, got {shown}: {_WAY_OUT}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
@@ -39,17 +39,12 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Any:
     _check_reachable(address)  # even if there is a connection, a wrong address is an error
     if ray.is_initialized():
         return ray
+    # With "local", Ray ignores a stale address file of an earlier cluster.
+    options: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "include_dashboard": False}
     try:
-        if address is None:
-            # With "local", Ray ignores a stale address file of an earlier cluster.
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
-        else:
-            ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(**options, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, AssertionError, ray.exceptions.RayError) as error:
         raise HessianFlowError(
             f"no Ray cluster answers at {address or 'local'}: {first_line(error)}"
@@ -84,11 +79,6 @@ def told_in_one_line(ray: Any) -> Iterator[None]:
         raise HessianFlowError(
             f"Ray failed: {first_line(error)}; look at its logs, then resume the run"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, since Ray's messages hold whole tracebacks."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_reachable(address: str | None) -> None:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hessianflow.distributed.reducers import GroupReducer
+from hessianflow.distributed.plain import as_bytes
+from hessianflow.interfaces.world import GroupReducer
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -38,17 +39,16 @@ def pack(state: Any) -> tuple[Any, ByteArray]:
     data = np.empty(_end(tensors), dtype=np.uint8)
     target = torch.from_numpy(data)
     for slot, tensor in tensors:
-        target[slot.start : slot.stop] = (
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        )
+        target[slot.start : slot.stop] = as_bytes(tensor)
     return skeleton, data
 
 
 def unpack(skeleton: Any, data: ByteArray) -> Any:
     """Return the nested state, with tensors on the CPU and independent of `data`."""
     # The arrays of an object store are read-only, which torch does not support.
-    writable = data if data.flags.writeable else data.copy()
-    return _filled(skeleton, torch.from_numpy(writable))
+    if not data.flags.writeable:
+        data = data.copy()
+    return _filled(skeleton, torch.from_numpy(data))
 
 
 def broadcast_state(reducer: GroupReducer, state: Any) -> Any:

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import HessianFlowError, first_line
 
 LOCAL = "127.0.0.1"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -28,12 +28,8 @@ def serve(
     """Return a store that listens on one address of this machine.
 
     If the machine itself does not have the address (behind a translation of addresses), the store
-    listens on all its addresses.
-
-    Args:
-        address: Name or number of this machine.
-        port: Port to listen on; 0 for any free one, which the store's `port` names.
-        timeout: Time limit of the store's own calls.
+    listens on all its addresses. A port of 0 stands for any free one, which the store's `port`
+    names; the timeout is that of the store's own calls.
 
     Raises:
         HessianFlowError: The port is taken, or torch could not serve there.
@@ -54,9 +50,7 @@ def serve(
             address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=own
         )
     except RuntimeError as error:
-        raise HessianFlowError(
-            f"no store at {address}:{port}: {str(error).splitlines()[0]}"
-        ) from error
+        raise HessianFlowError(f"no store at {address}:{port}: {first_line(error)}") from error
 
 
 @contextmanager

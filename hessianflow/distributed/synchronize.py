@@ -1,5 +1,4 @@
-"""Gradients, losses and counts of all ranks made one, between the last backward pass and the
-optimizer.
+"""The sum of gradients, losses and counts over ranks, between last backward pass and optimizer.
 
 With n_r of N examples on rank r and g_r the gradient of the mean loss over them, every rank gets
 sum_r (n_r / N) g_r: the gradient of the mean loss over all examples, for equal, unequal and empty
@@ -21,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.interfaces import AgreedError, HessianFlowError, Hits, StepResult
+from hessianflow.interfaces.world import GroupReducer
 
 BUCKET_BYTES = 25 * 2**20
 """Largest bucket, unless one parameter is larger. Default of torch's DistributedDataParallel."""
@@ -34,22 +33,20 @@ class GradientSynchronizer:
     A step is: `begin(examples)`; backward passes that leave in `.grad` the gradient of the mean
     over this rank's own examples (the last of them within `last_backward()`, for overlap);
     `finish(result)`; the optimizer's step. All ranks must take part in every step, one without
-    examples by `begin(0)` and `finish()`.
-
-    A parameter that no rank used keeps None as its gradient.
+    examples by `begin(0)` and `finish()`. A parameter that no rank used keeps None as its gradient.
 
     Args:
-        parameters: those to train, in the same order on all ranks.
-        reducer: of the group.
-        bucket_bytes: see :data:`BUCKET_BYTES`.
+        parameters: Parameters to train, in the same order on all ranks.
+        reducer: Reducer of the group.
+        bucket_bytes: Largest bucket, see :data:`BUCKET_BYTES`.
 
     Attributes:
-        waited_seconds: time the host spent waiting for other ranks, in all. On a CUDA device, which
-            waits by itself, this is not the device's.
+        waited_seconds: Time that the host spent waiting for other ranks, in all. On a CUDA device,
+            which waits by itself, this is not the device's.
 
     Raises:
-        HessianFlowError: nothing to train; at a step: no examples on any rank, or a sparse
-            gradient.
+        HessianFlowError: There is nothing to train; at a step, no rank has examples, or a gradient
+            is sparse.
     """
 
     def __init__(
@@ -74,36 +71,29 @@ class GradientSynchronizer:
         self.rejoin(reducer)
 
     def rejoin(self, reducer: GroupReducer) -> None:
-        """Go on in another generation of the group; whatever was under way in the one before is
-        dropped."""
+        """Continue in another generation of the group, and drop what was under way before."""
         self._reducer = reducer
         self._launched = 0
         self._reference = 1.0
 
     def begin(self, examples: int, *, weight: float | Tensor | None = None) -> None:
-        """Announce this rank's share of the next batch, 0 or more examples; nothing is exchanged
-        yet.
+        """Announce this rank's share of the next batch, without an exchange.
 
-        Args:
-            examples: of this rank.
-            weight: what this rank's mean loss counts for; default `examples`.
+        The weight of its mean loss is the number of examples, possibly 0, unless it is given.
         """
-        self._examples, self._read_weight = (
-            examples,
-            _number(examples if weight is None else weight),
-        )
+        if weight is None:
+            weight = examples
+        self._examples = examples
+        self._read_weight = _number(weight)
         self._launched = 0
 
     @contextmanager
     def last_backward(self, weight: float | Tensor | None = None) -> Iterator[None]:
-        """Within it every gradient is final as soon as it is computed, so that buckets may leave.
+        """Let buckets leave while active, since every gradient that is computed is final then.
 
-        May be entered again in the same step, when the pass failed (out of memory) and all were
-        repeated: a bucket that had left before the failure holds the same numbers.
-
-        Args:
-            weight: in place of the one that was announced; a tensor on a GPU is not waited for
-                here.
+        The context may be entered again in the same step, after the pass failed (out of memory) and
+        all were repeated: a bucket that had left before the failure holds the same numbers. A
+        weight replaces the announced one; if it is a tensor on a GPU, there is no wait for it here.
         """
         if weight is not None:
             self._read_weight = _number(weight)
@@ -118,19 +108,14 @@ class GradientSynchronizer:
     def finish(
         self, own: StepResult | None = None, flags: Sequence[int] = ()
     ) -> tuple[StepResult, tuple[int, ...]]:
-        """Wait until all gradients are those of the whole batch.
+        """Wait until all gradients are those of the whole batch; return its result on every rank.
 
-        Args:
-            own: the result of this rank's share; None without examples.
-            flags: what else to sum over ranks, such as 1 for a request to stop; as many on every
-                rank.
-
-        Returns:
-            The result of the whole batch, and the sums of the flags, the same on every rank.
+        The result of this rank's share is None without examples. Flags are further numbers, as many
+        on every rank, whose sums are returned too, such as 1 for a request to stop.
         """
-        if own is None:
-            own = StepResult(torch.zeros((), device=self._device), 0)
-        twins = own.twins or StepResult(torch.zeros((), device=self._device), 0)
+        nothing = StepResult(torch.zeros((), device=self._device), 0)
+        own = own or nothing
+        twins = own.twins or nothing
         control = torch.tensor(
             [
                 self._examples,
@@ -150,8 +135,7 @@ class GradientSynchronizer:
             raise HessianFlowError(
                 "a batch of 0 examples over all ranks has no mean loss: check the training data"
             )
-        # Where every target is ignored there is nothing to learn: loss and gradient are 0, as in
-        # one process.
+        # If every target is ignored, loss and gradient are 0, as in one process.
         self._settle(rest[len(flags) :], divisor or 1.0)
         failure = own.failure
         if failures and failure is None:
@@ -184,12 +168,11 @@ class GradientSynchronizer:
         if self._reducer.world_size == 1:
             return control, figures
         self._launch(len(self._buckets))
-        vectors = (
-            [torch.cat([control, figures])] if self._device.type == "cpu" else [control, figures]
-        )
-        waits = [bucket.wait for bucket in self._buckets] + [
-            self._reducer.start_sum(vector) for vector in vectors
-        ]
+        vectors = [control, figures]
+        if self._device.type == "cpu":
+            vectors = [torch.cat(vectors)]
+        waits = [bucket.wait for bucket in self._buckets]
+        waits += [self._reducer.start_sum(vector) for vector in vectors]
         began = time.perf_counter()
         for wait in waits:
             wait()
@@ -197,8 +180,7 @@ class GradientSynchronizer:
         return vectors[0][: len(control)], vectors[-1][-len(figures) :]
 
     def _settle(self, used: Sequence[float], weight: float) -> None:
-        """Turn the buffers' sums, scaled by the last batch's weight, into this batch's mean, and
-        copy it to `.grad`."""
+        """Turn the sums, scaled by the last batch's weight, into this batch's mean, in `.grad`."""
         if self._reducer.world_size == 1:
             return
         for bucket in self._buckets:
@@ -222,10 +204,9 @@ class GradientSynchronizer:
         return arrived
 
     def _launch(self, stop: int) -> None:
-        """Send off the buckets up to `stop` that have not left yet."""
+        """Send the buckets up to `stop` that have not left yet."""
         for bucket in self._buckets[self._launched : stop]:
-            # The weight of all ranks is not known yet; that of the batch before is, and it is
-            # mostly the same.
+            # The weight of all ranks is not known yet; that of the last batch is mostly the same.
             bucket.gather(self._read_weight() / self._reference)
             bucket.wait = self._reducer.start_sum(bucket.flat)
         self._launched = max(self._launched, stop)
@@ -237,7 +218,7 @@ class _Bucket:
 
     parameters: Sequence[Tensor]
     missing: int = 0
-    wait: Callable[[], None] = lambda: None
+    wait: Callable[[], object] = lambda: None
     flat: Tensor = field(init=False)
     views: list[Tensor] = field(init=False)
 
@@ -272,9 +253,8 @@ class _Bucket:
 
     def scatter(self) -> None:
         """Copy the buffer to the gradients."""
-        # Views in place of copies would free the gradients at every step, and have the allocator
-        # give their pages back to the system and fetch them anew: 8 % of a step of ResNet-20 on a
-        # CPU.
+        # Views in place of copies would free the gradients at every step, and the allocator would
+        # return their pages and fetch them again: 8 % of a step of ResNet-20 on a CPU.
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
@@ -282,8 +262,7 @@ class _Bucket:
 
 
 def _number(value: float | Tensor) -> Callable[[], float]:
-    """Reads a number; one on a GPU starts to travel now, behind the work in its queue, and is
-    waited for then."""
+    """Return a function that reads a number; one on a GPU travels from now on, without a wait."""
     if not isinstance(value, Tensor) or value.device.type != "cuda":
         number = float(value)
         return lambda: number
@@ -300,24 +279,21 @@ def _number(value: float | Tensor) -> Callable[[], float]:
 
 
 def _shaped(piece: Tensor, parameter: Tensor) -> Tensor:
-    """Return the piece in the parameter's shape and, where that is channels-last, its memory
-    layout: copies are then fast."""
+    """Return the piece in the parameter's shape and, for fast copies, its channels-last layout."""
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
     return piece.view(parameter.shape)
 
 
 def _grouped(parameters: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
-    """Neighbours of one type and device, together at most `limit` bytes."""
+    """Return neighbours of one type and device in groups of at most `limit` bytes."""
     groups: list[list[Tensor]] = []
     size = 0
     for parameter in parameters:
         bytes_here = parameter.numel() * parameter.element_size()
-        same = bool(groups) and (groups[-1][0].dtype, groups[-1][0].device) == (
-            parameter.dtype,
-            parameter.device,
-        )
-        if not same or size + bytes_here > limit:
+        kind = (parameter.dtype, parameter.device)
+        is_new = not groups or (groups[-1][0].dtype, groups[-1][0].device) != kind
+        if is_new or size + bytes_here > limit:
             groups.append([])
             size = 0
         groups[-1].append(parameter)

@@ -1,61 +1,103 @@
-"""The trainer's world of several ranks: one process group that shares gradients, buffers and
-decisions."""
+"""The trainer's world of several ranks, which share gradients, buffers and decisions.
 
+At the start all must run the same program, which wrong weights would show only later.
+"""
+
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
 from hessianflow.distributed.process_group import from_environment, local_device, process_group
-from hessianflow.distributed.reducers import GroupReducer, LocalReducer
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.interfaces import AgreedError, HessianFlowError, Shardable, StepResult, Wishes
+from hessianflow.interfaces.errors import first_line
+from hessianflow.interfaces.world import GroupReducer, LocalReducer
 from hessianflow.measuring import unwrap
 
 
-class GroupWorld:
-    """A rank of several, for `AdaptiveBatchTrainer(..., world=GroupWorld(reducer))`; see
-    `interfaces.World`.
+def code_fingerprint(files: Sequence[str | Path] = ()) -> str:
+    """Return a hash of this package's sources, torch's version and further files (the script)."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in [*sorted(package.rglob("*.py")), *map(Path, files)]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_program(reducer: GroupReducer, settings: Mapping[str, Any], code: str) -> None:
+    """Refuse ranks that differ, on all of them, before anything is trained.
 
     Args:
-        reducer: of the group. Under torchrun :func:`launched_world` makes the world.
-        device: where this rank's model and data belong.
+        reducer: Reducer of the group.
+        settings: Plain values that decide the run, by name, without those that may differ (rank,
+            device index).
+        code: Result of :func:`code_fingerprint`.
 
     Raises:
-        HessianFlowError: at the start: ranks that differ in code or settings, a model in
-            DistributedDataParallel, training data that cannot be shared out; at a step: see
+        AgreedError: A rank differs from rank 0. Every rank raises it, and the message names the
+            rank and the difference.
+    """
+    everyone = reducer.gather((dict(settings), code))
+    reference, reference_code = everyone[0]
+    for rank, (theirs, their_code) in enumerate(everyone):
+        for name in [*reference, *theirs]:
+            first = reference.get(name, "absent")
+            other = theirs.get(name, "absent")
+            if first != other:
+                raise AgreedError(
+                    f"all ranks must have the same settings: {name} is {first!r} on rank 0 but"
+                    f" {other!r} on rank {rank}; start every rank with the same command"
+                )
+        if their_code != reference_code:
+            raise AgreedError(
+                f"all ranks must run the same code: rank 0 has {reference_code} but rank {rank} has"
+                f" {their_code}; install the same versions of hessianflow, torch and the script"
+                " everywhere"
+            )
+
+
+class GroupWorld:
+    """One of several ranks, a :class:`~hessianflow.interfaces.World` for a trainer.
+
+    Args:
+        reducer: Reducer of the group. Under torchrun :func:`launched_world` makes the world.
+        device: Device on which this rank's model and data belong.
+
+    Attributes:
+        agreed: Wishes of any rank at the end of the last step.
+
+    Raises:
+        HessianFlowError: At the start, ranks differ in code or settings, the model is wrapped in
+            DistributedDataParallel, or the training data cannot be divided; at a step, see
             :class:`GradientSynchronizer`.
     """
 
     def __init__(self, reducer: GroupReducer, device: torch.device | str = "cpu") -> None:
-        self._reducer = reducer
+        self._follow(reducer)
         self.device = torch.device(device)
         self._wishes: Callable[[], Wishes] = Wishes
-        self._agreed = Wishes()
+        self.agreed = Wishes()
 
-    @property
-    def rank(self) -> int:
-        """Return the rank of this process."""
-        return self._reducer.rank
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks."""
-        return self._reducer.world_size
+    def _follow(self, reducer: GroupReducer) -> None:
+        self._reducer = reducer
+        self.rank = reducer.rank
+        self.world_size = reducer.world_size
 
     @property
     def waited_seconds(self) -> float:
-        """Time spent waiting for other ranks at the ends of steps, in all."""
+        """Return the time spent waiting for other ranks at the ends of steps, in all."""
         return self._synchronizer.waited_seconds
 
     def rejoin(self, reducer: GroupReducer) -> None:
-        """Go on, between two steps, in another generation of the group; state is shared
-        separately."""
-        self._reducer = reducer
+        """Continue, between two steps, in another generation of the group, without its state."""
+        self._follow(reducer)
         self._synchronizer.rejoin(reducer)
 
     def attach(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -65,7 +107,8 @@ class GroupWorld:
                 f"the model is wrapped in {type(model).__name__}: pass the bare module, its"
                 " gradients are summed here"
             )
-        self._module, self._parameters = unwrap(model), parameters
+        self._module = unwrap(model)
+        self._parameters = parameters
         self._synchronizer = GradientSynchronizer(parameters, self._reducer)
 
     def compare(self, settings: Mapping[str, Any]) -> None:
@@ -74,20 +117,15 @@ class GroupWorld:
 
     def meet(self, settings: Mapping[str, Any]) -> None:
         """Check that all ranks run the same program, then give all of them rank 0's weights."""
-        self.compare(
-            {
-                **settings,
-                **{f"parameter {n}": list(p.shape) for n, p in enumerate(self._parameters)},
-            }
-        )
+        shapes = {f"parameter {n}": list(p.shape) for n, p in enumerate(self._parameters)}
+        self.compare({**settings, **shapes})
         broadcast_module(self._reducer, self._module)
         held = {id(p) for p in self._module.parameters()}
-        broadcast_module(
-            self._reducer, nn.ParameterList(p for p in self._parameters if id(p) not in held)
-        )
+        others = nn.ParameterList(p for p in self._parameters if id(p) not in held)
+        broadcast_module(self._reducer, others)
 
     def shard(self, data: Any) -> None:
-        """Have the training data hand out this rank's contiguous part of every batch."""
+        """Let the training data yield this rank's contiguous part of every batch."""
         if not isinstance(data, Shardable):
             raise HessianFlowError(
                 f"{type(data).__name__} cannot be shared out to {self.world_size} ranks: it lacks "
@@ -107,19 +145,14 @@ class GroupWorld:
         """Ask `wishes` at the end of every step from now on."""
         self._wishes = wishes
 
-    @property
-    def agreed(self) -> Wishes:
-        """What any rank wished for at the end of the last step."""
-        return self._agreed
-
     def finish(self, own: StepResult) -> StepResult:
         """Return the result of all ranks; see :meth:`GradientSynchronizer.finish`."""
         result, raised = self._synchronizer.finish(own, self._wishes())
-        self._agreed = Wishes(*map(bool, raised))
+        self.agreed = Wishes(*map(bool, raised))
         return result
 
     def average_buffers(self) -> None:
-        """Average the buffers, see :func:`hessianflow.distributed.average_buffers`."""
+        """Average the buffers, see :func:`~hessianflow.distributed.average_buffers`."""
         average_buffers(self._reducer, self._module)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -128,7 +161,7 @@ class GroupWorld:
             return self._reducer.sum(tensor)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank; its tensors on the CPU on all ranks but rank 0."""
+        """Return rank 0's value on every rank, on other ranks with its tensors on the CPU."""
         return broadcast_state(self._reducer, value)
 
     def gather(self, value: Any) -> list[Any]:
@@ -138,15 +171,14 @@ class GroupWorld:
 
 @contextmanager
 def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
-    """The world of the processes that torchrun started, or of this one alone; left together at the
-    end.
+    """Yield the world of the processes that torchrun started, or of this one alone, then leave it.
 
     Args:
         device: "cpu", or "cuda", which becomes a device of its own for each process of a machine.
 
     Raises:
-        HessianFlowError: no device for this process, one device named for several, or another rank
-            that failed.
+        HessianFlowError: There is no device for this process, one device is named for several, or
+            another rank failed.
     """
     place = from_environment()
     if place is None:
@@ -165,6 +197,4 @@ def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
     except RuntimeError as error:
         if not any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise
-        raise HessianFlowError(
-            f"another rank failed or was ended: {str(error).splitlines()[0]}"
-        ) from error
+        raise HessianFlowError(f"another rank failed or was ended: {first_line(error)}") from error

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from hessianflow.distributed.process_group import Generation
-from hessianflow.distributed.ray_session import endings, first_line
+from hessianflow.distributed.ray_session import endings
 from hessianflow.distributed.state import pack, unpack
 from hessianflow.distributed.store import LOCAL, serve
 from hessianflow.elastic.member import ElasticJob, JobReport, Row
 from hessianflow.elastic.pool import WorkerPool, own_error
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import first_line
 
 GRACE_SECONDS = 5.0
 """Time to wait, by our choice, for members that have not answered once another has failed."""

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from hessianflow.distributed.fingerprint import code_fingerprint
 from hessianflow.distributed.process_group import (
     Generation,
     ProcessGroupReducer,
@@ -17,9 +16,10 @@ from hessianflow.distributed.process_group import (
     enter,
     leave,
 )
-from hessianflow.distributed.reducers import GroupReducer
 from hessianflow.distributed.state import ByteArray, broadcast_state, pack, unpack
 from hessianflow.distributed.store import LOCAL, gloo_on_this_machine
+from hessianflow.distributed.world import code_fingerprint
+from hessianflow.interfaces.world import GroupReducer
 
 Row = Mapping[str, Any]
 """A record of a run."""

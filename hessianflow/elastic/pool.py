@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hessianflow.distributed.ray_session import endings, first_line
+from hessianflow.distributed.ray_session import endings
 from hessianflow.elastic.member import ElasticJob, Member
 from hessianflow.elastic.settings import ElasticSettings
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces.errors import first_line
 
 MAX_LOST_NEWCOMERS = 5
 """Workers that may, by our choice, end or be refused while the first ones start."""

@@ -1,6 +1,5 @@
 """Argument checks of the optimizers; each error names the parameter, its value and its bound."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -38,18 +38,6 @@ class CheckedOptimizer(Optimizer):
             check_number(name, group[name])
 
 
-def check_number(name: str, value: float, *, low: float = 0.0, below: float = math.inf) -> None:
-    """Refuse anything but a finite number in [low, below).
-
-    Raises:
-        HessianFlowError: The value is something else.
-    """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and low <= value < below):
-        bound = f" and < {below:g}" if below < math.inf else ""
-        raise HessianFlowError(f"{name} must be a finite number >= {low:g}{bound}, got {value!r}")
-
-
 def check_flags(group: dict[str, Any], *names: str) -> None:
     """Refuse options that are neither True nor False, since any text would count as True.
 
@@ -59,38 +47,6 @@ def check_flags(group: dict[str, Any], *names: str) -> None:
     for name in names:
         if not isinstance(group[name], bool):
             raise HessianFlowError(f"{name} must be True or False, got {group[name]!r}")
-
-
-def check_count(name: str, value: int, low: int = 1) -> None:
-    """Refuse anything but a whole number >= `low`.
-
-    Raises:
-        HessianFlowError: The value is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise HessianFlowError(f"{name} must be a whole number >= {low}, got {value!r}")
-
-
-def check_limit(name: str, value: float | None, none: str) -> None:
-    """Refuse a limit that is neither None, which means `none`, nor a finite number > 0.
-
-    Raises:
-        HessianFlowError: The value is neither.
-    """
-    if value is not None:
-        check_number(name, value)
-    if value == 0:
-        raise HessianFlowError(f"{name} must be > 0, got 0: use None for {none}")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name that is not among `choices`.
-
-    Raises:
-        HessianFlowError: The name is another one.
-    """
-    if value not in choices:
-        raise HessianFlowError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_betas(betas: Any) -> None:

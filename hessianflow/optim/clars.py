@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hessianflow.checks import check_limit
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_limit
 from hessianflow.optim.foreach import Tensors, norms
 from hessianflow.optim.lars import LARS, Form
 from hessianflow.optim.observers import MicrobatchNorms

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_number
 from hessianflow.optim.foreach import gradients_of, loss_of
 from hessianflow.optim.wrapping import WrappingOptimizer
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hessianflow.optim.checks import CheckedOptimizer, check_betas, check_limit
+from hessianflow.checks import check_limit
+from hessianflow.optim.checks import CheckedOptimizer, check_betas
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,

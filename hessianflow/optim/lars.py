@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hessianflow.checks import check_choice, check_number
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import CheckedOptimizer, check_choice, check_number
+from hessianflow.optim.checks import CheckedOptimizer
 from hessianflow.optim.foreach import (
     Factor,
     Tensors,

@@ -47,13 +47,12 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from hessianflow.checks import check_choice, check_number
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.checks import (
     CheckedOptimizer,
     check_betas,
-    check_choice,
     check_flags,
-    check_number,
     check_parameters,
 )
 from hessianflow.optim.foreach import (

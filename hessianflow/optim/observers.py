@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
+from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import NO_SIGNALS, Batch, HessianFlowError, LossFn, NormMode, Reducer
 from hessianflow.losses import mean_loss
 from hessianflow.measuring import measuring
-from hessianflow.optim.checks import check_choice, check_count
 from hessianflow.optim.foreach import norms
 
 

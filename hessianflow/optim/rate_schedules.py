@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from hessianflow.checks import check_number
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_number
 from hessianflow.optim.schedules import cooldown
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from hessianflow.checks import is_number
+from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
 from hessianflow.optim.foreach import gradients_of
@@ -43,7 +43,7 @@ def sam_perturbation(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
     Raises:
         HessianFlowError: The length rho is negative or not finite.
     """
-    _check_rho(rho)
+    check_number("rho", rho)
     if not gradients:
         return []
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
@@ -78,7 +78,7 @@ class SAM(WrappingOptimizer):
     def __init__(
         self, base: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None
     ) -> None:
-        _check_rho(rho)
+        check_number("rho", rho)
         self.rho = rho
         self._model = model
         super().__init__(base)
@@ -139,8 +139,3 @@ def _moved(params: list[Tensor], by: list[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, origin in zip(params, origins, strict=True):
                 parameter.copy_(origin)
-
-
-def _check_rho(rho: float) -> None:
-    if not is_number(rho) or not 0 <= rho < float("inf"):
-        raise HessianFlowError(f"rho must be finite and at least 0, got {rho}")

@@ -8,8 +8,8 @@
 
 from collections.abc import Callable
 
+from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.optim.checks import check_number
 
 
 def polynomial_decay(

@@ -1,15 +1,14 @@
 """The training loop and what it leaves behind."""
 
 from hessianflow.runs import History, LogSink, TensorBoardSink
-from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
-from hessianflow.training.passes import Passes
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.saving import Checkpoints
 from hessianflow.training.schedule import Schedule
+from hessianflow.training.task import AfterEpoch, Passes
 from hessianflow.training.trainer import AdaptiveBatchTrainer
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,11 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, exact_type, weighted
-from hessianflow.training.backward import BackwardPass
-from hessianflow.training.divisor import Divisor
+from hessianflow.training.backward import BackwardPass, Divisor
 from hessianflow.training.evaluate import count_hits
-from hessianflow.training.passes import Precision
 from hessianflow.training.world import LocalWorld
+
+Precision = Literal["float32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,12 @@ class _Rows:
     """Rows whose losses are summed together: those of a batch, or its adversarial twins.
 
     Attributes:
-        batch: (inputs, targets).
-        count: the number of rows.
         ahead: the divisor of their mean loss, where that is known before the forward pass.
         mode: entered around each forward pass.
         on_input_gradient: given the gradient by the inputs; None: it is not computed.
     """
 
     batch: Batch
-    count: int
     ahead: Weight | None
     mode: Callable[[], AbstractContextManager[Any]] = nullcontext
     on_input_gradient: Callable[[Tensor], None] | None = None
@@ -105,16 +102,11 @@ class GradientAccumulator:
             self.autocast = partial(torch.autocast, device, dtype=dtype)
 
     def __call__(self, batch: Batch, microbatch_size: int | None = None) -> StepResult:
-        """Replace every `.grad` by the gradient of the mean loss over `batch`.
+        """Replace every `.grad` by the gradient of the mean loss over a batch on its device.
 
-        Under fp16 it is multiplied by the loss scale.
-
-        Args:
-            batch: (inputs, targets), on the model's device.
-            microbatch_size: most examples in one forward pass; None runs the whole batch at once.
-
-        Raises:
-            HessianFlowError: the loss cannot be cut into microbatches.
+        Under fp16 it is multiplied by the loss scale. Each forward pass has at most
+        `microbatch_size` examples; with None the whole batch is one pass. A loss that cannot be cut
+        into microbatches is refused.
         """
         own = self.expose(Exposure(batch), microbatch_size)
         if own.failure is not None:
@@ -124,10 +116,8 @@ class GradientAccumulator:
     def expose(self, exposure: Exposure, microbatch_size: int | None = None) -> StepResult:
         """Replace every `.grad` by the gradient that `exposure` asks for; without rows, by None.
 
-        Rows drawn and their twins never share a forward pass.
-
-        Raises:
-            HessianFlowError: a gradient by the inputs is wanted and the loss has none.
+        Rows drawn and their twins never share a forward pass. A loss without the gradient by the
+        inputs is refused where that is wanted.
         """
         self.backward.clear()
         if self.paired and exposure.twins is not None:
@@ -141,7 +131,7 @@ class GradientAccumulator:
         keep = exposure.on_input_gradient
         if not self._shows_inputs:
             keep = None
-        rows = _Rows(exposure.batch, count, ahead, on_input_gradient=keep)
+        rows = _Rows(exposure.batch, ahead, on_input_gradient=keep)
         divisor = Divisor(count, ahead)
         if exposure.twins is None or num_examples(exposure.twins[1]) == 0:
             return self._add(rows, divisor, microbatch_size, settles=True, is_last=True)
@@ -153,7 +143,7 @@ class GradientAccumulator:
         """Add the gradients of the rows drawn, and then those of their twins."""
         assert exposure.twins is not None
         ahead = self._loss.weight_ahead(exposure.twins[1])
-        twins = _Rows(exposure.twins, num_examples(exposure.twins[1]), ahead, exposure.twin_mode)
+        twins = _Rows(exposure.twins, ahead, exposure.twin_mode)
         if exposure.average:
             # Rows and twins then have one mean, whose divisor is complete only after the twins.
             divisor.expect(ahead)
@@ -185,8 +175,7 @@ class GradientAccumulator:
     def reduce_over_ranks(self, own: StepResult) -> StepResult:
         """Turn every `.grad` into that of the rows of all ranks, and show it to the observers.
 
-        Raises:
-            HessianFlowError: no rank has a row, or a rank's loss cannot be cut into microbatches.
+        All ranks refuse a batch without rows, and a loss that cannot be cut into microbatches.
         """
         result = self.world.finish(own)
         if result.failure is not None:
@@ -213,15 +202,12 @@ class GradientAccumulator:
         settles: bool,
         is_last: bool = False,
     ) -> StepResult:
-        """Add the gradient of (sum of the losses of `rows`) / divisor.
+        """Add the gradient of (sum of the losses of `rows`) / divisor, at most `size` rows a pass.
 
-        Args:
-            rows: the rows.
-            divisor: told the weight of every microbatch.
-            size: most rows in one forward pass.
-            settles: whether the divisor is complete after these rows.
-            is_last: whether the gradient of the step is complete after these rows.
+        The divisor is told the weight of every microbatch. After these rows it is complete if
+        `settles`, and the gradient of the step is if `is_last`.
         """
+        total = num_examples(rows.batch[1])
         done = 0
         result: StepResult | None = None
         slopes: list[Tensor | None] = []
@@ -231,9 +217,9 @@ class GradientAccumulator:
             if rows.on_input_gradient is not None:
                 passed = leaf = inputs.detach().requires_grad_()
             count = num_examples(targets)
-            is_cut = count < rows.count
+            is_cut = count < total
             done += count
-            ends = done == rows.count
+            ends = done == total
             ahead = rows.ahead
             if is_cut:
                 ahead = None  # The weight known ahead is that of all rows together.
@@ -246,7 +232,7 @@ class GradientAccumulator:
                 # Before the last backward pass, which may send gradients to the other ranks.
                 divisor.settle(self.backward.parameters)
             self.backward(averaged, divisor.value, count, leaf, last=is_last and ends)
-            part = self._result(averaged, outputs, targets, count, failure)
+            part = self._result(averaged, outputs, targets, failure)
             if result is not None:
                 part = result + part
             result = part
@@ -258,20 +244,16 @@ class GradientAccumulator:
         return result
 
     def _result(
-        self,
-        averaged: Averaged,
-        outputs: Any,
-        targets: Any,
-        count: int,
-        failure: HessianFlowError | None,
+        self, averaged: Averaged, outputs: Any, targets: Any, failure: HessianFlowError | None
     ) -> StepResult:
         """Return the loss and hits of one microbatch.
 
         The sum is taken in a wider type, so that the mean does not depend on the split.
         """
-        total = weighted(averaged.value.detach().to(self._exact), averaged.weight)
-        hits = count_hits(map_tensors(Tensor.detach, outputs), targets, averaged)
         weight = averaged.weight
+        total = weighted(averaged.value.detach().to(self._exact), weight)
+        hits = count_hits(map_tensors(Tensor.detach, outputs), targets, averaged)
+        count = num_examples(targets)
         return StepResult(total, weight, hits, count, count, weight, None, failure)
 
     def _split_failure(self, outputs: Any, targets: Any, is_cut: bool) -> HessianFlowError | None:

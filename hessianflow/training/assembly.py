@@ -1,31 +1,28 @@
 """Assembly of the parts of a run from the arguments of the trainer."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hessianflow.interfaces import World
 from hessianflow.runs import Recorder
 from hessianflow.training.accumulate import GradientAccumulator
-from hessianflow.training.control_point import ControlPoint
+from hessianflow.training.checkpoint import flat, of_optimizer
 from hessianflow.training.course import Course
+from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.epoch_end import EpochEnd
-from hessianflow.training.explosion import ExplosionRule
 from hessianflow.training.keeping import Keeper
 from hessianflow.training.learning_rate import LearningRate
 from hessianflow.training.lookahead import Lookahead
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.microbatch import microbatches
-from hessianflow.training.model_state import ModelState
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.optimizers import TrainedParameters
 from hessianflow.training.reporting import Reporter, Reporting
 from hessianflow.training.rollback import Guard
 from hessianflow.training.saving import Saver
-from hessianflow.training.settings import flat, of_controller, of_optimizer
-from hessianflow.training.state import Component, RunState, components, numbered
+from hessianflow.training.state import RunState, numbered
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
-from hessianflow.training.task import Groups, Methods, Task
+from hessianflow.training.task import Groups, Methods, Passes, Task
 from hessianflow.training.timing import Stopwatch
 from hessianflow.training.totals import RunningTotals
 
@@ -35,36 +32,45 @@ def assemble(
 ) -> TrainingLoop:
     """Return the loop of a run."""
     decision = methods.first_decision(task.train_data)
-    reference = groups.schedule.reference_batch_size or decision.batch_size
     schedule = groups.schedule
+    reference = schedule.reference_batch_size or decision.batch_size
     rate = LearningRate(task.optimizer, schedule.scheduler, schedule.unit, reference)
-    step = _step(task, methods, groups, reference, world)
+    step = _step(task, methods, groups.passes, reference, world)
     stopwatch = step.stopwatch
-    control = ControlPoint(
-        methods.controller,
-        methods.probe,
-        methods.observers,
-        groups.after_epoch.curvature,
-        stopwatch,
-        world,
-    )
     course = Course(task.train_data, task.epochs)
     reporter = _reporter(groups.reporting, course, run_dir, world)
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
     totals = RunningTotals(stopwatch.device, stopwatch.totals(), rule)
-    steering = Steering(
-        decision, control, task.train_data, rate, totals, course, reporter, methods.adversary
+    every_epoch = groups.after_epoch.curvature
+    steering = Steering(decision, every_epoch, step, rate, totals, course, reporter)
+    ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
+    further = numbered("measurement", groups.after_epoch.measurements)
+    further |= {f"state {name}": part for name, part in groups.checkpoints.state.items()}
+    settings = _settings(task, methods.controller, groups, rate)
+    state = RunState(step, steering, ahead, further, settings)
+    keeper = Keeper(run_dir, state, Saver(groups.checkpoints))
+    return TrainingLoop(
+        model=task.model,
+        norm_batch_size=step.accumulate.group_size,
+        course=course,
+        ahead=ahead,
+        rate=rate,
+        step=step,
+        totals=totals,
+        guard=Guard(groups.divergence, keeper),
+        steering=steering,
+        epoch_end=EpochEnd(groups.after_epoch, groups.passes.norm_statistics, keeper),
+        keeper=keeper,
+        reporter=reporter,
+        world=world,
     )
-    keeper = _keeper(task, methods, groups, step, steering, run_dir)
-    return _loop(task, groups, step, keeper)
 
 
 def _step(
-    task: Task, methods: Methods, groups: Groups, reference: int, world: World
+    task: Task, methods: Methods, passes: Passes, reference: int, world: World
 ) -> TrainingStep:
     """Return the part that takes a step, on the device of the model."""
-    passes = groups.passes
-    stopwatch = Stopwatch(task.device)
+    stopwatch = Stopwatch(next(task.model.parameters()).device)
     examples = task.train_data.num_examples
     microbatch, paired = microbatches(
         task.model, world, passes.microbatch_size, reference, examples
@@ -80,19 +86,8 @@ def _step(
         world,
         paired,
     )
-    return TrainingStep(
-        task.model,
-        task.optimizer,
-        accumulate,
-        microbatch,
-        methods.adversary,
-        methods.transform,
-        stopwatch,
-        stopwatch.device,
-        world,
-        trained,
-        passes.max_grad_norm,
-    )
+    limit = passes.max_grad_norm
+    return TrainingStep(task, methods, accumulate, microbatch, stopwatch, trained, limit)
 
 
 def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate) -> dict[str, Any]:
@@ -106,7 +101,7 @@ def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate
         "precision": groups.passes.precision,
         "max_grad_norm": groups.passes.max_grad_norm,
         "max_loss_ratio": groups.divergence.max_loss_ratio,
-        **of_controller(controller),
+        **flat("controller", getattr(controller, "__dict__", {})),
         **of_optimizer(task.optimizer),
         **flat("scheduler", rate.settings),
     }
@@ -117,53 +112,3 @@ def _reporter(reporting: Reporting, course: Course, run_dir: Path | None, world:
     if world.rank > 0:
         return Reporter(Recorder(None), course, show_progress=False)
     return Reporter(Recorder(run_dir, reporting.sinks), course, reporting.show_progress)
-
-
-def _keeper(
-    task: Task,
-    methods: Methods,
-    groups: Groups,
-    step: TrainingStep,
-    steering: Steering,
-    run_dir: Path | None,
-) -> Keeper:
-    """Return the part that keeps the state of the run; components are put back in this order."""
-    stopwatch = step.stopwatch
-    ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
-    held = groups.checkpoints.state.items()
-    state = RunState(
-        ModelState(task.model, task.optimizer, task.loss_fn),
-        task.optimizer,
-        [
-            *components(ahead, step, steering),
-            *numbered("measurement", groups.after_epoch.measurements),
-            *(Component(f"state {name}", part) for name, part in held),
-        ],
-        stopwatch,
-        _settings(task, methods.controller, groups, steering.rate),
-        partial(step.follow, replan=True),
-        steering.course,
-    )
-    saver = Saver(groups.checkpoints)
-    return Keeper(run_dir, task.model, state, saver, ahead, steering, step.world)
-
-
-def _loop(task: Task, groups: Groups, step: TrainingStep, keeper: Keeper) -> TrainingLoop:
-    """Return the loop around a step."""
-    steering = keeper.steering
-    statistics = groups.passes.norm_statistics
-    return TrainingLoop(
-        model=task.model,
-        norm_batch_size=step.accumulate.group_size,
-        course=steering.course,
-        ahead=keeper.ahead,
-        rate=steering.rate,
-        step=step,
-        totals=steering.totals,
-        guard=Guard(groups.divergence, step.trained, keeper, step.stopwatch),
-        steering=steering,
-        epoch_end=EpochEnd(task, groups.after_epoch, keeper, step.microbatch, statistics),
-        keeper=keeper,
-        reporter=steering.reporter,
-        world=step.world,
-    )

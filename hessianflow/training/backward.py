@@ -16,19 +16,15 @@ from torch import Tensor, nn
 
 from hessianflow.interfaces import GradientObserver, HessianFlowError, World
 from hessianflow.losses import Averaged, Weight
-from hessianflow.training.divisor import in_type_of, ratio
-from hessianflow.training.parameters import name_of
-
-_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+from hessianflow.training.optimizers import name_of
 
 
 @dataclass
 class BackwardPass:
     """Adds the gradient of one microbatch after the other to `.grad`.
 
-    Attributes:
-        model: names the parameters in errors.
-        create_graph: whether gradients can be differentiated again.
+    The model names the parameters in errors. With `create_graph` gradients can be differentiated
+    again.
     """
 
     model: nn.Module
@@ -74,14 +70,16 @@ class BackwardPass:
                 " .item() or torch.no_grad() in the model or the loss), or all parameters in it are"
                 " frozen"
             )
-        weight = in_type_of(averaged.value, ratio(averaged.weight, divisor))
+        weight = ratio(averaged.weight, divisor)
         loss = averaged.value
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.dtype)
         if isinstance(weight, Tensor) or weight != 1:
             loss = loss * weight
         scaled = self.scaler.scale(loss)
         matters = bool(self.observers) or not last or self.world.world_size > 1
         hooked = matters and self._is_hooked()
-        context = _NO_CONTEXT
+        context: AbstractContextManager[None] = nullcontext()
         if last and not hooked:
             # Ranks send each gradient as soon as it is complete; hooks must have run before that.
             context = self.world.last_backward(divisor)
@@ -97,10 +95,9 @@ class BackwardPass:
                 pass
 
     def _be_zero(self) -> None:
-        """Set the gradient to 0 where no row of the batch counts.
+        """Set the gradient to 0 where no row of the batch counts, as losses of torch do.
 
-        Losses of torch give that gradient too. Momentum continues, and a scaler of the loss finds
-        the gradients that it must check.
+        Momentum then continues, and a scaler of the loss finds the gradients that it must check.
         """
         if all(parameter.grad is None for parameter in self.parameters):
             for parameter in self.parameters:
@@ -200,10 +197,7 @@ class BackwardPass:
                 )
 
     def show_whole(self, total: int, factor: float | Tensor | None = None) -> None:
-        """Show the observers the gradient of the mean loss over all `total` rows.
-
-        `.grad` holds `factor` times that gradient; None: the gradient itself.
-        """
+        """Show observers the gradient over all `total` rows; `.grad` is `factor` times that."""
         if not self.observers:
             return
         gradients = self._shown([parameter.grad for parameter in self.parameters])
@@ -235,3 +229,54 @@ class BackwardPass:
 
 def _is_ours(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("hessianflow.")
+
+
+class Divisor:
+    """The divisor of the gradients in `.grad`: the weight of all rows that count.
+
+    For losses of torch it is known before the first forward pass, as `ahead`. For others it is
+    known after the last one; until then the number of rows stands in for it as the `value`.
+    """
+
+    def __init__(self, rows: int, ahead: Weight | None) -> None:
+        self._sum: Weight = 0
+        self._is_known = ahead is not None
+        self.value: Weight = rows
+        if ahead is not None:
+            self.value = ahead
+
+    def expect(self, further: Weight | None) -> None:
+        """Include another batch, of weight `further` where that is known."""
+        if self._is_known and further is not None:
+            self.value = self.value + further
+
+    def add(self, weight: Weight) -> None:
+        """Add the weight of one microbatch."""
+        if not self._is_known:
+            self._sum = self._sum + weight
+
+    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Divide by the sum of the weights added, and rescale what is in `.grad` already."""
+        if self._is_known:
+            return
+        factor = ratio(self.value, self._sum)
+        self.value = self._sum
+        self._is_known = True
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+
+def ratio(part: Weight, whole: Weight) -> Weight:
+    """Return part / whole, and 0 where the whole is 0.
+
+    Where both are the same object it is 1, even if that is 0: the loss of a batch in which no row
+    counts is 0 without a factor.
+    """
+    if part is whole:
+        return 1.0
+    if isinstance(whole, Tensor):
+        return torch.where(whole > 0, part / whole, 0.0)
+    if whole == 0:
+        return 0.0
+    return part / whole

@@ -12,12 +12,9 @@ from hessianflow.training.evaluate import Evaluation
 
 @dataclass
 class Counters:
-    """The counts of a run, which checkpoints hold.
+    """The counts of a run, for its checkpoints: examples, updates, epochs completed, and these.
 
     Attributes:
-        examples: examples trained.
-        updates: optimizer steps made.
-        epoch: epochs completed.
         place: examples trained in the current epoch.
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
@@ -64,7 +61,6 @@ class Done:
         decided: whether the controller has been asked.
         remeasured: whether running statistics were measured again; None: not known yet.
         rows: rows of readings and decisions that are not written yet.
-        evaluation: the evaluation at the end of an epoch, if there is one.
         row: the row of the epoch.
         measurements: the number of measurements made.
         stepped: whether the schedule has been told that the epoch is over.
@@ -81,11 +77,7 @@ class Done:
 
 
 class Course:
-    """Counts examples, updates and epochs of the training data.
-
-    Attributes:
-        counters: the counts; another object after a restart.
-    """
+    """Counts examples, updates and epochs; the `counters` are another object after a restart."""
 
     def __init__(self, data: ResizableBatches, epochs: int) -> None:
         self._data = data

@@ -8,32 +8,31 @@ from hessianflow.interfaces import Batch
 from hessianflow.normalisation.settle import NormStatistics, settle
 from hessianflow.runs import rows
 from hessianflow.runs.names import BEST
-from hessianflow.training.after_epoch import AfterEpoch
 from hessianflow.training.course import Done
 from hessianflow.training.evaluate import evaluate
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.microbatch import MicrobatchSize
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.task import Task
+from hessianflow.training.task import AfterEpoch
 
 
 @dataclass
 class EpochEnd:
     """Ends an epoch; after an error, a second call continues behind what was done."""
 
-    task: Task
     settings: AfterEpoch
-    keeper: Keeper
-    microbatch: MicrobatchSize
     norm_statistics: NormStatistics
+    keeper: Keeper
 
     def __post_init__(self) -> None:
-        self.course = self.keeper.course
-        self.totals = self.keeper.steering.totals
-        self.rate = self.keeper.steering.rate
-        self.reporter = self.keeper.steering.reporter
-        self.stopwatch = self.keeper.state.stopwatch
-        self.world = self.keeper.world
+        steering = self.keeper.steering
+        self.task = steering.step.task
+        self.microbatch = steering.step.microbatch
+        self.course = steering.course
+        self.totals = steering.totals
+        self.rate = steering.rate
+        self.reporter = steering.reporter
+        self.stopwatch = steering.stopwatch
+        self.world = steering.world
 
     def settle_statistics(self, batch: Batch | None, done: Done) -> None:
         """Measure running statistics again where they have not settled, before any evaluation."""
@@ -85,11 +84,10 @@ class EpochEnd:
 
     def _evaluate(self, done: Done) -> None:
         task = self.task
-        if task.eval_data is not None:
+        data = task.eval_data
+        if data is not None:
             with self.stopwatch.section("evaluation"):
-                done.evaluation = evaluate(
-                    task.model, task.eval_data, task.loss_fn, reducer=self.world
-                )
+                done.evaluation = evaluate(task.model, data, task.loss_fn, reducer=self.world)
         seconds = self.stopwatch.totals()
         done.row = self.totals.epoch_row(self.course.progress, done.evaluation, seconds)
         if done.remeasured:
@@ -101,8 +99,7 @@ class EpochEnd:
             with self.stopwatch.section("evaluation"):
                 figures, warning = measurement()
             done.measurements += 1
-            progress = self.course.progress
-            row = rows.measurement_row(progress, measurement.kind, figures)
+            row = rows.measurement_row(self.course.progress, measurement.kind, figures)
             self.reporter.record.write(row)
             if warning:
                 self.reporter.event("alarm", warning)

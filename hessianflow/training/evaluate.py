@@ -26,18 +26,16 @@ from hessianflow.training.world import LocalWorld
 MARKED_ROWS = 8
 """Rows at the beginning of each tensor that a fingerprint covers. This default is our choice."""
 MARKED_NUMBERS = 4096
-"""Most numbers in these rows that a fingerprint covers. This default is our choice."""
+"""Most numbers in these rows that it covers. This default is our choice."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all examples of the evaluation data.
+    """The mean loss over all examples of the evaluation data, and their number.
 
     Attributes:
-        loss: the mean loss.
         accuracy: share of hits among the targets that count; None where outputs are not class
             scores.
-        examples: the number of examples.
     """
 
     loss: float
@@ -54,7 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """Return the mean loss and accuracy of the model in evaluation mode.
 
-    Mode, buffers and random generators are left as they were.
+    Mode, buffers and random generators are left as they were. Each batch is weighted by the divisor
+    of its mean loss.
 
     Args:
         model: any module.
@@ -62,9 +61,6 @@ def evaluate(
         loss_fn: the loss, as in training.
         reducer: of several ranks that hold the same model and data, each of which evaluates its
             share of the batches; None: this process alone.
-
-    Returns:
-        Figures in which each batch is weighted by the divisor of its mean loss.
 
     Raises:
         HessianFlowError: the data hold no example, or were used up by an earlier iteration; the
@@ -80,8 +76,8 @@ def evaluate(
     check_split = SplitCheck(mean_loss)
     with measuring(model) as inner, torch.no_grad():
         # Sums of loss, its weight, hits, targets that count, examples, batches without classes, and
-        # of the fingerprint and its square. A tensor that the caller's inference mode had made
-        # could not be written to here.
+        # of the fingerprint and its square. A tensor made in the caller's inference mode could not
+        # be written to here.
         sums = torch.zeros(8, dtype=exact_type(device), device=device)
         for number, batch in enumerate(as_batches(data)):
             if number == 0 and ranks.world_size > 1:
@@ -139,15 +135,10 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
 
 
 def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
-    """Count the rows whose largest score is at the target class.
+    """Return the rows whose largest score is at the target class, and the targets that count.
 
-    Args:
-        outputs: class scores [B, classes]; others have no hits.
-        targets: class indices [B]; others have no hits.
-        averaged: the loss, which says which targets count.
-
-    Returns:
-        The hits, and the number of targets that count; None where there are no classes.
+    Without class scores [B, classes] and class indices [B] it is None. The loss (`averaged`) says
+    which targets count.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None

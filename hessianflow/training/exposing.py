@@ -40,7 +40,7 @@ def expose(
         adversary: attacks and exposes.
         model: the model with the weights before the step.
         now: the batch of this step.
-        ahead: the batch of `staleness` steps later; `now` itself without staleness; None where the
+        ahead: the batch of `staleness` steps later, without staleness `now` itself; None where the
             data have ended.
         microbatch_size: most rows attacked in one forward pass; None: the adversary's own setting.
     """
@@ -100,9 +100,9 @@ class Ahead:
         self._adversary = adversary
         self._model = model
         self._microbatch_size = microbatch_size
-        self._queue = Lookahead(
-            _OneEpoch(batches), adversary.staleness, _as_it_is, device, Stopwatch(device)
-        )
+        data = _OneEpoch(batches)
+        depth = adversary.staleness
+        self._queue = Lookahead(data, depth, lambda batch, _: batch, device, Stopwatch(device))
         self._progress = Progress(0, 0, 0, sys.maxsize, 1)
 
     def __iter__(self) -> Iterator[Exposure]:
@@ -115,12 +115,10 @@ class Ahead:
                 check_staleness(self._queue.depth, 1, len(self._queue), 1)
             exposure = expose(self._adversary, self._model, now, ahead, self._microbatch_size)
             self._queue.trained()
-            self._progress = replace(
-                self._progress,
-                epoch=int(now.ends_epoch),
-                examples=self._progress.examples + now.examples,
-                updates=self._progress.updates + 1,
-            )
+            epoch = int(now.ends_epoch)
+            examples = self._progress.examples + now.examples
+            updates = self._progress.updates + 1
+            self._progress = Progress(epoch, examples, updates, sys.maxsize, 1)
             yield exposure
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,7 +193,3 @@ class _OneEpoch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing, because there is no state."""
-
-
-def _as_it_is(batch: Batch, progress: Progress) -> Batch:  # noqa: ARG001
-    return batch

@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hessianflow.interfaces import HessianFlowError, World
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS, LAST
@@ -20,40 +18,28 @@ from hessianflow.runs.optimizer_states import (
 )
 from hessianflow.runs.states import check_finite, check_training_state, model_fault, restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.lookahead import Lookahead
-from hessianflow.training.model_state import group_names
+from hessianflow.training.checkpoint import group_names
 from hessianflow.training.optimizers import label
 from hessianflow.training.saving import Saver
 from hessianflow.training.state import RunState
-from hessianflow.training.steering import Steering
 from hessianflow.training.world import on_all_ranks, on_first_rank
 
 
 @dataclass
 class Keeper:
-    """Saves the state of a run, and puts it back.
-
-    Attributes:
-        run_dir: folder of the run, on all ranks; None: nothing is written.
-    """
+    """Saves the state of a run in its folder `run_dir` (None: nowhere), and puts it back."""
 
     run_dir: Path | None
-    model: nn.Module
     state: RunState
     saver: Saver
-    ahead: Lookahead
-    steering: Steering
-    world: World
 
     def __post_init__(self) -> None:
+        self.model = self.state.step.model
+        self.ahead = self.state.ahead
+        self.steering = self.state.steering
+        self.world = self.steering.world
         self.course = self.steering.course
         self.record = self.steering.reporter.record
-
-    @property
-    def is_due(self) -> bool:
-        """Whether a checkpoint is due by the number of examples since the last one."""
-        counters = self.course.counters
-        return self.saver.is_due(counters.examples - counters.saved_at)
 
     def save(self, name: str = LAST) -> None:
         """Write a checkpoint on rank 0, if the run has a folder."""
@@ -65,15 +51,13 @@ class Keeper:
             return
         with self.state.stopwatch.section("checkpoint"):
             generators = self.world.gather(checkpoint.generator_states())
-
-            def save() -> None:
-                self.saver.save(folder, self.state_dict(generators), name)
-
-            on_first_rank(self.world, save)
+            on_first_rank(
+                self.world, lambda: self.saver.save(folder, self.state_dict(generators), name)
+            )
 
     def state_dict(self, generators: list[Any] | None = None) -> dict[str, Any]:
         """Return the state of the run, with the random generators of every rank."""
-        return self.state.capture(self.steering.decision, self.record.sync(), generators)
+        return self.state.capture(self.record.sync(), generators)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
         """Put back :meth:`state_dict`, which errors call `source`."""
@@ -89,14 +73,11 @@ class Keeper:
         """Restore `last.pt`, or set it aside where it is damaged and restore an older checkpoint.
 
         Rank 0 reads the files, because the other ranks need not see its disk. `history_bytes`
-        returns the length of the history.
-
-        Returns:
-            The state that was restored, and a warning when it was not the newest.
+        returns the length of the history. The state restored is returned, with a warning when it
+        was not the newest.
 
         Raises:
-            HessianFlowError: no checkpoint can be restored; the message says what is wrong with the
-                newest.
+            HessianFlowError: no checkpoint can be restored; it says what is wrong with the newest.
         """
         assert self.run_dir is not None
         folder = self.run_dir / CHECKPOINTS

@@ -30,19 +30,15 @@ class LearningRate:
     a hook) includes the factor.
 
     Args:
-        optimizer: the optimizer, whose groups are read at each step.
-        scheduler: a scheduler of that optimizer; None: the rates stay as they are set.
+        optimizer: the optimizer, whose groups are read at each step and must all have a rate.
+        scheduler: a scheduler of that optimizer, see :class:`SteppedSchedule`; None: the rates stay
+            as they are set.
         unit: the unit of the scheduler's steps.
         reference_batch_size: examples per step of a scheduler that counts reference batches.
 
     Attributes:
         factor: the controller's factor.
-        set_by_hand: whether anything but the scheduler changed a rate while there was a factor
-            other than 1.
-
-    Raises:
-        HessianFlowError: a group without a rate; a scheduler that does not fit, see
-            :class:`SteppedSchedule`.
+        set_by_hand: whether anything but the scheduler changed a rate while the factor was not 1.
     """
 
     def __init__(
@@ -55,18 +51,22 @@ class LearningRate:
         self._optimizer = optimizer
         self._tensors: dict[int, tuple[Tensor, int, float]] = {}
         for number, group in enumerate(optimizer.param_groups):
-            _check_rate(type(optimizer).__name__, number, group.get("lr"))
+            rate = group.get("lr")
+            if not isinstance(rate, (Real, Tensor)):
+                raise HessianFlowError(
+                    f"parameter group {number} of {type(optimizer).__name__} has lr {rate!r}, which"
+                    " a factor cannot multiply: build the optimizer with a number as its rate"
+                )
         self._schedule: SteppedSchedule | None = None
+        self._built: dict[str, Any] = {}
         if scheduler is not None:
             self._schedule = SteppedSchedule(scheduler, optimizer, unit)
+            self._built = copy.deepcopy(scheduler.state_dict())
         self.unit = unit
         self.reference_batch_size = reference_batch_size
         self.factor = 1.0
         self.set_by_hand = False
         self._fraction = 0.0
-        self._built: dict[str, Any] = {}
-        if scheduler is not None:
-            self._built = copy.deepcopy(scheduler.state_dict())
         self._left = self._rates()
 
     @property
@@ -118,14 +118,10 @@ class LearningRate:
     @property
     def settings(self) -> dict[str, Any]:
         """Options with a public name and a plain value that the scheduler was built with."""
-        plain = (int, float, str, bool, list, tuple)
-        return {
-            key: value
-            for key, value in self._built.items()
-            if isinstance(value, plain)
-            and not key.startswith("_")
-            and key not in ("last_epoch", "base_lrs")
-        }
+        kinds = (int, float, str, bool, list, tuple)
+        plain = {key: value for key, value in self._built.items() if isinstance(value, kinds)}
+        names = [key for key in plain if not key.startswith("_")]
+        return {key: plain[key] for key in names if key not in ("last_epoch", "base_lrs")}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the factor, the rates without it, and the scheduler's own state."""
@@ -208,12 +204,3 @@ def _is_untouched(group: dict[str, Any], mark: Mark) -> bool:
     if isinstance(rate, Tensor):
         return rate is mark[0] and rate._version == mark[1]
     return bool(rate == mark[0])
-
-
-def _check_rate(optimizer: str, number: int, rate: object) -> None:
-    if isinstance(rate, (Real, Tensor)):
-        return
-    raise HessianFlowError(
-        f"parameter group {number} of {optimizer} has lr {rate!r}, which a factor cannot multiply: "
-        "build the optimizer with a number as its rate"
-    )

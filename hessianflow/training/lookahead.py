@@ -28,12 +28,11 @@ from hessianflow.training.timing import Stopwatch
 
 @dataclass
 class Planned:
-    """One batch, from its drawing to its step.
+    """One batch, from its drawing to its step, with the decision in force when it was drawn.
 
     Attributes:
         batch: (inputs, targets), on the device, transformed.
         examples: the number drawn from the data; a transform may change the number of rows.
-        decision: the decision in force when it was drawn.
         attacked: waits for the adversarial inputs; None: no attack was started.
         ends_epoch: whether the data ended the epoch after it, short of their number of examples.
     """
@@ -50,18 +49,12 @@ Now = Callable[[], tuple[Progress, int, Decision]]
 
 
 class Lookahead:
-    """The queue between data and step.
+    """The queue between data and step, in which a batch waits `depth` steps.
 
     An epoch ends when as many examples were drawn as the data say they hold, or with the last batch
     that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`, so
-    that an error does not lose it.
-
-    Args:
-        data: the stream of batches.
-        depth: number of steps that a batch waits.
-        load: puts a drawn batch on the device and transforms it, given the progress at its step.
-        device: the device of the queued batches of a resumed run.
-        stopwatch: counts the time of drawing.
+    that an error does not lose it. `load` puts a drawn batch on the device and transforms it, given
+    the progress at its step; the stopwatch counts the time of drawing.
     """
 
     def __init__(
@@ -197,8 +190,7 @@ class Lookahead:
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
         inputs, targets = to_device(entry["batch"], self._device)
-        decision = Decision(**entry["decision"])
-        planned = Planned((inputs, targets), entry["examples"], decision)
+        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]))
         planned.ends_epoch = entry["ends_epoch"]
         if entry["adversarial"] is not None:
             adversarial = to_device(entry["adversarial"], self._device)
@@ -222,9 +214,8 @@ def _saved(entry: Planned) -> dict[str, Any]:
 class Place:
     """Remembers the place in a stream of batches, and returns there if other code has read on.
 
-    Args:
-        data: a stream whose state has its `epoch` and `cursor`, and which tells them, as the two
-            kinds of `hf.data` do; the place of any other is not known, and not put back.
+    The state of the stream must have its `epoch` and `cursor`, and the stream must tell them, as
+    the two kinds of `hf.data` do. The place of any other is not known, and not put back.
     """
 
     def __init__(self, data: ResizableBatches) -> None:

@@ -113,11 +113,12 @@ class TrainingLoop:
 
         After an error in any of this, the next call continues where this one failed.
         """
+        counters = self.course.counters
         at_end = self.course.is_between_epochs
         stop = wishes.stop
         self.stop_requested |= stop
         # Buffers are averaged, and losses read, only where a checkpoint or an epoch needs them.
-        saves = at_end or stop or wishes.save or self.keeper.is_due
+        saves = at_end or stop or wishes.save or self.keeper.saver.is_due(counters)
         if saves:
             self.guard.check(at_end=at_end)
             self.world.average_buffers()
@@ -190,5 +191,5 @@ class TrainingLoop:
             lr=self.rate.value,
             loss=loss,
             acc=accuracy,
-            eig=self.steering.control.last_eigenvalue,
+            eig=self.steering.last_eigenvalue,
         )

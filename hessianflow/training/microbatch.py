@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hessianflow.checks import check_count
 from hessianflow.interfaces import HessianFlowError, World
 from hessianflow.training.checks import must_pair
 
@@ -26,29 +27,17 @@ AUTO_START = 128
 TIMED_STEPS = 3
 """Steps timed per candidate size; the median counts. This default is our choice."""
 GAIN = 0.97
-"""A larger size must take at most this share of the time per example. This default is our
-choice."""
+"""Most time per example at a larger size, as a share of that before. This default is our choice."""
 
 
 class MicrobatchSize:
-    """The microbatch size in use.
-
-    Args:
-        size: examples per forward pass, or "auto" to find the fastest from `start` upwards.
-        start: the first size under "auto".
-        device: the device on which the passes run.
-
-    Raises:
-        HessianFlowError: a size below 1.
-    """
+    """The microbatch size in use: as given, or under "auto" the fastest from `start` upwards."""
 
     def __init__(self, size: int | Literal["auto"], start: int, device: torch.device) -> None:
         self._searching = size == "auto"
         self._size = start
-        if not isinstance(size, str):
-            self._size = size
-        if self._size < 1:
-            raise HessianFlowError(f"microbatch_size must be at least 1, got {self._size}")
+        if size != "auto":
+            self._size = check_count("microbatch_size", size)
         self._limit: int | None = None
         self._candidate: int | None = None
         self._seconds: dict[int, list[float]] = {}
@@ -71,11 +60,7 @@ class MicrobatchSize:
         """Return the size to run a step of `batch_size` examples with."""
         self._candidate = None
         self._batch = batch_size
-        if (
-            self._searching
-            and batch_size >= 2 * self._size
-            and (self._limit is None or 2 * self._size <= self._limit)
-        ):
+        if self._searching and batch_size >= 2 * self._size:
             if len(self._seconds.get(self._size, ())) >= TIMED_STEPS:
                 self._candidate = 2 * self._size
             self._started = self._now()
@@ -96,11 +81,7 @@ class MicrobatchSize:
                 self._size = size
 
     def out_of_memory(self, batch_size: int) -> None:
-        """Halve the size for good, because a step of `batch_size` examples did not fit.
-
-        Raises:
-            HessianFlowError: one example does not fit.
-        """
+        """Halve the size for good, because a step of `batch_size` examples did not fit."""
         tried = min(self.size, batch_size)
         if tried <= 1:
             raise HessianFlowError(
@@ -144,14 +125,8 @@ def microbatches(
 ) -> tuple[MicrobatchSize, bool]:
     """Return the microbatch size, and whether the forward passes of all ranks are paired.
 
-    Paired passes are not cut into microbatches.
-
-    Args:
-        model: the model, on its device.
-        world: the ranks that train together.
-        size: the size asked for; None: "auto" on a GPU, elsewhere the reference batch size.
-        reference: the reference batch size.
-        examples: the number of training examples.
+    Paired passes are not cut into microbatches. A `size` of None stands for "auto" on a GPU, and
+    elsewhere for the batch size of `reference`; `examples` is the number of training examples.
     """
     device = next(model.parameters()).device
     paired = must_pair(model, world, size)

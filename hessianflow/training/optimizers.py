@@ -1,15 +1,20 @@
-"""Questions that the trainer asks of any optimizer, answered from the optimizer itself."""
+"""Questions that the trainer asks of any optimizer, and which parameters it trains."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
+from operator import is_not
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from hessianflow.interfaces import HessianFlowError, SecondOrder, Stateful, WantsClosure
+from hessianflow.measuring import unwrap
 from hessianflow.training.schedule import required_arguments, with_inner
 
+SHOWN = 3
+"""Most names in a message. This default is our choice."""
 Gradients = Literal["before", "by closure", "both"]
 """The way an optimizer takes gradients: in `.grad` before its step, by a closure that its step
 calls, or the first before its step and the others by the closure."""
@@ -91,8 +96,7 @@ def gradients_wanted(optimizer: Optimizer) -> Gradients:
 def wants_graph(optimizer: Optimizer) -> bool:
     """Return whether the optimizer differentiates the gradients again.
 
-    Such an optimizer has a true `is_second_order` (as timm's do), or a step that could take the
-    Hessian instead.
+    It then has a true `is_second_order` (as timm's do), or a step that could take the Hessian.
     """
     says_so = isinstance(optimizer, SecondOrder) and bool(optimizer.is_second_order)
     return says_so or "hessian" in signature(optimizer.step).parameters
@@ -112,16 +116,11 @@ def without_closure(optimizer: Optimizer, error: Exception) -> HessianFlowError 
 
 def label(part: object, depth: int = 3) -> str:
     """Return the class of a part and those of the stateful parts that it wraps: SAM(SGD)."""
-    inner: list[str] = []
+    wrapped: list[object] = []
     if depth > 1:
-        inner = [label(held, depth - 1) for held in _wrapped(part)]
-    return with_inner(type(part).__name__, inner)
-
-
-def _wrapped(part: object) -> Iterator[object]:
-    for held in getattr(part, "__dict__", {}).values():
-        if isinstance(held, Stateful) and not isinstance(held, (nn.Module, type)):
-            yield held
+        held = [h for h in getattr(part, "__dict__", {}).values() if isinstance(h, Stateful)]
+        wrapped = [h for h in held if not isinstance(h, (nn.Module, type))]
+    return with_inner(type(part).__name__, [label(h, depth - 1) for h in wrapped])
 
 
 def set_mode(optimizer: Optimizer, *, training: bool) -> None:
@@ -137,3 +136,83 @@ def set_mode(optimizer: Optimizer, *, training: bool) -> None:
         train()
     else:
         evaluate()
+
+
+@dataclass(frozen=True)
+class Change:
+    """The parameters that are trained from now on and no longer, and a message for the record."""
+
+    added: Sequence[nn.Parameter]
+    removed: Sequence[nn.Parameter]
+    message: str
+
+
+class TrainedParameters:
+    """The model's trainable parameters, then those that only the optimizer holds, such as a loss's.
+
+    They are read before every step, since layers may be frozen or unfrozen and groups added between
+    two steps; a module added to the model is noticed when the optimizer's groups change. `current`
+    are those as of the last :meth:`ask`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model = unwrap(model)
+        self._optimizer = optimizer
+        self._held_by_optimizer = self._of_optimizer()
+        self._all = self._known()
+        self.current = [p for p in self._all if p.requires_grad]
+
+    def ask(self) -> Change | None:
+        """Return the change since the last call; None: there is none. Never wait for the device."""
+        held = self._of_optimizer()
+        if len(held) != len(self._held_by_optimizer) or any(
+            map(is_not, held, self._held_by_optimizer)
+        ):
+            self._held_by_optimizer = held
+            self._all = self._known()
+        trained = [p for p in self._all if p.requires_grad]
+        if len(trained) == len(self.current) and not any(map(is_not, trained, self.current)):
+            return None
+        before = self.current
+        self.current = trained
+        return self._change(before, trained)
+
+    def _of_optimizer(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _known(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys([*self._model.parameters(), *self._held_by_optimizer]))
+
+    def _change(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter]) -> Change:
+        added = _without(after, before)
+        removed = _without(before, after)
+        strangers = _without(added, self._held_by_optimizer)
+        kinds = {
+            "trained from now on": added,
+            "no longer trained": removed,
+            "in no group of the optimizer, which does not move it": strangers,
+        }
+        parts = [f"{kind}: {self._names(members)}" for kind, members in kinds.items() if members]
+        return Change(added, removed, "; ".join(parts))
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> str:
+        names = ", ".join(name_of(self._model, p) for p in parameters[:SHOWN])
+        left = len(parameters) - SHOWN
+        if left > 0:
+            names = f"{names} and {left} more"
+        return names
+
+
+def _without(
+    parameters: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
+) -> list[nn.Parameter]:
+    known = set(others)
+    return [p for p in parameters if p not in known]
+
+
+def name_of(model: nn.Module, parameter: nn.Parameter) -> str:
+    """Return the name of a parameter in the model, or its shape where it is outside the model."""
+    for name, own in unwrap(model).named_parameters():
+        if own is parameter:
+            return name
+    return f"a parameter of shape {[*parameter.shape]} outside the model"

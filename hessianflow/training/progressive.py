@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hessianflow.interfaces import Batch, HessianFlowError, Progress
+from hessianflow.interfaces.errors import first_line
 from hessianflow.measuring import measuring, unwrap
 
 
@@ -26,12 +27,10 @@ class Level(Protocol):
     @property
     def resolution(self) -> int:
         """Height and width in pixels."""
-        ...
 
     @property
     def dropout(self) -> float:
         """Probability of dropping a unit."""
-        ...
 
 
 class ProgressiveResize:
@@ -80,8 +79,7 @@ class ProgressiveResize:
 def resized(images: Tensor, resolution: int) -> Tensor:
     """Return square images [N, C, S, S] as [N, C, resolution, resolution]; at S unchanged.
 
-    Raises:
-        HessianFlowError: images that are not square, or smaller than `resolution`.
+    Images that are not square, or smaller than `resolution`, are refused.
     """
     height, width = images.shape[-2:]
     if height != width:
@@ -105,22 +103,20 @@ def check_resolutions(model: nn.Module, image: Tensor, resolutions: Iterable[int
     for resolution in resolutions:
         entered: list[str] = []
         with measuring(model) as inner, torch.no_grad():
-            hooks = [
-                _watch(name, module, entered) for name, module in inner.named_modules() if name
-            ]
+            named = [(name, module) for name, module in inner.named_modules() if name]
+            hooks = [hook for name, module in named for hook in _watch(name, module, entered)]
             try:
                 inner(resized(image, resolution))
             except RuntimeError as error:
                 layer = "the model"
                 if entered:
                     layer = f"layer {entered[-1]!r} ({inner.get_submodule(entered[-1])})"
-                reason = str(error).splitlines()[0]
                 raise HessianFlowError(
-                    f"{layer} takes no images of {resolution} pixels: {reason}; use a network that"
-                    " ends in global average pooling, such as resnet20"
+                    f"{layer} takes no images of {resolution} pixels: {first_line(error)}; use a"
+                    " network that ends in global average pooling, such as resnet20"
                 ) from None
             finally:
-                for hook in [hook for pair in hooks for hook in pair]:
+                for hook in hooks:
                     hook.remove()
 
 

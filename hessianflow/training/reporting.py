@@ -1,15 +1,20 @@
 """The output of a run while it trains: rows, events and a progress bar."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hessianflow.interfaces import HessianFlowError, RecordSink
+from tqdm import tqdm
+
+from hessianflow.interfaces import HessianFlowError, Progress, RecordSink
 from hessianflow.runs import Recorder, rows
 from hessianflow.runs.rows import Record
-from hessianflow.training.arguments import as_list, check_parts
+from hessianflow.training.checks import as_list, check_parts
 from hessianflow.training.course import Course
-from hessianflow.training.progress import ProgressBar
+
+REFRESH_SECONDS = 0.5
+"""Time between two readings of figures from the device. This default is our choice."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,6 @@ class Reporting:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
         show_progress: whether a progress bar is shown; None: only on a terminal.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     sinks: Iterable[RecordSink] = ()
@@ -39,12 +41,69 @@ class Reporting:
             )
 
 
-class Reporter:
-    """Writes rows and events of a run, and moves its progress bar.
+class ProgressBar:
+    """Shows the examples trained of the whole run, and the latest figures.
 
-    Attributes:
-        record: the records, with a directory and sinks on rank 0 alone.
-        bar: the progress bar of the present or the last training.
+    With `show` True it always does, with False never, and with None only on a terminal.
+    """
+
+    def __init__(self, progress: Progress, show: bool | None) -> None:
+        disable: bool | None = None  # tqdm then asks the terminal.
+        if show is not None:
+            disable = not show
+        self._bar: tqdm[Any] = tqdm(
+            total=progress.total_epochs * progress.examples_per_epoch,
+            initial=progress.examples,
+            disable=disable,
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}",
+        )
+        self._next = time.monotonic() + REFRESH_SECONDS
+        self._pending = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to read figures and :meth:`show` them."""
+        return time.monotonic() >= self._next
+
+    def advance(self, examples: int) -> None:
+        """Count examples that the next :meth:`show` displays."""
+        self._pending += examples
+
+    def move_to(self, examples: int) -> None:
+        """Move to `examples`, which may be fewer than before."""
+        self._pending = examples - self._bar.n
+        self._flush()
+
+    def show(self, progress: Progress, figures: Mapping[str, float | int | None]) -> None:
+        """Advance the bar, and display the epoch and the figures that are not None."""
+        self._next = time.monotonic() + REFRESH_SECONDS
+        self._flush()
+        epoch = min(progress.epoch + 1, progress.total_epochs)
+        self._bar.set_description(f"epoch {epoch}/{progress.total_epochs}", refresh=False)
+        shown: dict[str, str | int] = {}
+        for name, value in figures.items():
+            if isinstance(value, float):
+                shown[name] = f"{value:.4g}"
+            elif value is not None:
+                shown[name] = value
+        self._bar.set_postfix(shown, refresh=True)
+
+    def close(self) -> None:
+        """Display the examples counted so far, and end the bar."""
+        self._flush()
+        self._bar.close()
+
+    def _flush(self) -> None:
+        self._bar.update(self._pending)
+        self._pending = 0
+
+
+class Reporter:
+    """Writes rows and events of a run, and moves the progress bar of the present training.
+
+    The record has a directory and sinks on rank 0 alone.
     """
 
     def __init__(self, record: Recorder, course: Course, show_progress: bool | None) -> None:
@@ -55,9 +114,7 @@ class Reporter:
 
     def begin(self) -> None:
         """Show a progress bar from now on."""
-        progress = self._course.progress
-        total = progress.total_epochs * progress.examples_per_epoch
-        self.bar = ProgressBar(total, progress.examples, show=self._show_progress)
+        self.bar = ProgressBar(self._course.progress, self._show_progress)
 
     def event(self, event: str, message: str) -> None:
         """Record that something happened."""
@@ -70,13 +127,10 @@ class Reporter:
         self._said.add(event)
 
     def write_all(self, rows_left: list[Record]) -> None:
-        """Write the rows, and take each off the list, so that none is written twice after an
-        error."""
+        """Write the rows, each of which leaves the list: after an error none is written twice."""
         while rows_left:
             self.record.write(rows_left.pop(0))
 
     def show(self, **figures: float | int | None) -> None:
         """Show figures beside the bar; None is left out."""
-        progress = self._course.progress
-        epoch = min(progress.epoch + 1, progress.total_epochs)
-        self.bar.show(f"epoch {epoch}/{progress.total_epochs}", **figures)
+        self.bar.show(self._course.progress, figures)

@@ -6,23 +6,21 @@ from dataclasses import dataclass
 from hessianflow.runs import rows
 from hessianflow.training.divergence import Divergence, DivergenceError, largest, rate_rule
 from hessianflow.training.keeping import Keeper
-from hessianflow.training.parameters import TrainedParameters
-from hessianflow.training.timing import Stopwatch
 from hessianflow.training.world import on_first_rank
 
 
 @dataclass
 class Guard:
-    """Looks for a divergence, and rolls back if the settings ask for it."""
+    """Looks for a divergence on any rank, and rolls back if the settings ask for it."""
 
     divergence: Divergence
-    trained: TrainedParameters
     keeper: Keeper
-    stopwatch: Stopwatch
 
     def __post_init__(self) -> None:
         self.course = self.keeper.course
         self.steering = self.keeper.steering
+        self.trained = self.steering.step.trained
+        self.stopwatch = self.steering.stopwatch
         self.reporter = self.steering.reporter
         self.totals = self.steering.totals
         self.world = self.keeper.world
@@ -35,10 +33,7 @@ class Guard:
         self._largest = largest(self.trained.current)
 
     def check(self, *, at_end: bool) -> None:
-        """Refuse to continue if losses, weights or buffers of any rank diverged.
-
-        With `at_end`, the mean loss of the epoch is judged too.
-        """
+        """Refuse to continue if losses (`at_end` also their mean), weights or buffers diverged."""
         first_bad = self.totals.first_bad_update(at_end=at_end)
         weight = largest(self.trained.current)
         if first_bad is None and not math.isfinite(weight + largest(self._buffers)):

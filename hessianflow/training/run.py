@@ -11,7 +11,6 @@ from hessianflow.checks import in_home
 from hessianflow.interfaces import (
     Adversary,
     AgreedError,
-    BatchController,
     Decision,
     HessianFlowError,
     Progress,
@@ -24,11 +23,11 @@ from hessianflow.runs.history import History
 from hessianflow.runs.rows import Record
 from hessianflow.runs.sinks import LOGGER
 from hessianflow.runs.summary import summary_of
+from hessianflow.training.checkpoint import differences, split_of
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.divergence import largest
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
-from hessianflow.training.settings import differences, split_of
 from hessianflow.training.state import separate_generators
 from hessianflow.training.world import on_first_rank
 
@@ -40,23 +39,20 @@ class Run:
         loop: the parts of the run.
         config: settings to write to config.json besides the trainer's own.
         notices: messages for the user as the run begins; empty ones are left out.
+
+    Attributes:
         controller: decides the batch size; None: the batch size stays as it is.
         reference_batch_size: the batch size at which the learning rate is stated.
     """
 
     def __init__(
-        self,
-        loop: TrainingLoop,
-        config: Mapping[str, Any],
-        notices: Sequence[str],
-        controller: BatchController | None,
-        reference_batch_size: int,
+        self, loop: TrainingLoop, config: Mapping[str, Any], notices: Sequence[str]
     ) -> None:
         self._loop = loop
         self._config = dict(config)
         self._notices = [text for text in notices if text]
-        self.controller = controller
-        self.reference_batch_size = reference_batch_size
+        self.controller = loop.steering.methods.controller
+        self.reference_batch_size = loop.rate.reference_batch_size
         self.world.attach(self.model, loop.step.trained.current)
         self.rejoin()
 
@@ -73,7 +69,7 @@ class Run:
     @property
     def adversary(self) -> Adversary | None:
         """The adversary that attacks the batches; None: there is none."""
-        return self._loop.step.adversary
+        return self._loop.steering.methods.adversary
 
     @property
     def epochs(self) -> int:
@@ -164,10 +160,8 @@ class Run:
     def _tell(self, changed: str = "") -> None:
         """Record and log, once a run, the notices and the settings `changed` by a resume."""
         reporter = self._loop.reporter
-        for event, message in [
-            *(("notice", text) for text in self._notices),
-            ("settings", changed),
-        ]:
+        messages = [("notice", text) for text in self._notices]
+        for event, message in [*messages, ("settings", changed)]:
             if message and not reporter.record.has_event(event, message):
                 reporter.event(event, message)
                 if self.world.rank == 0:
@@ -177,8 +171,7 @@ class Run:
         """Ask the loop to save a checkpoint and return after the present step, or the one after it.
 
         A request made while the end of an epoch is recorded (by a sink or a measurement) takes
-        effect there. The call is safe in a signal handler. On several ranks, one call on any rank
-        is enough.
+        effect there. The call is safe in a signal handler, and one call on any rank is enough.
         """
         self._loop.stop_requested = True
 
@@ -215,12 +208,11 @@ class Run:
             )
         self.world.shard(self.train_data)
         self._loop.keeper.forget_plans()
-        join_parts(self.world, self._loop.steering.control.observers, self._loop.step.adversary)
+        methods = self._loop.steering.methods
+        join_parts(self.world, methods.observers, methods.adversary)
 
     def run_until(self, updates: int | None = None) -> None:
-        """Train until `updates` updates have been made in all, or to the end for None.
-
-        The records stay open for more.
+        """Train until `updates` updates have been made, or to the end; the records stay open.
 
         Raises:
             DivergenceError: the loss stopped being finite.
@@ -232,10 +224,7 @@ class Run:
         return self._loop.keeper.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
-        """Continue from the :meth:`state_dict` of a trainer with the same settings.
-
-        `source` names the state in errors.
-        """
+        """Continue from a :meth:`state_dict` of the same settings; errors call it `source`."""
         self._loop.keeper.load_state_dict(state, source)
 
     def _run(self) -> History:
@@ -272,7 +261,7 @@ class Run:
             "optimizer": type(step.optimizer).__name__,
             **split_of(self.model, step.optimizer),
             "controller": _class_of(self.controller),
-            "adversary": _class_of(step.adversary),
+            "adversary": _class_of(self.adversary),
             "epochs": self.epochs,
             "examples_per_epoch": self.train_data.num_examples,
             "reference_batch_size": self.reference_batch_size,

@@ -10,7 +10,8 @@ from hessianflow.checks import check_count, check_limit
 from hessianflow.interfaces import HessianFlowError, Stateful
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import CHECKPOINTS
-from hessianflow.training.arguments import check_parts
+from hessianflow.training.checks import check_parts
+from hessianflow.training.course import Counters
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,6 @@ class Checkpoints:
             trainer itself saves model, optimizer, scheduler, data, controller, adversary, probe,
             observers, measurements, a transform and a loss that have states, and the global random
             generators.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     every_examples: int | None = None
@@ -51,12 +49,12 @@ class Saver:
     def __init__(self, when: Checkpoints) -> None:
         self._when = when
         self._time = time.monotonic()
-        self._proven: set[str] = set()
+        self._proven: set[bool] = set()
 
-    def is_due(self, examples_since: int) -> bool:
-        """Return whether a checkpoint is due, `examples_since` the last one."""
+    def is_due(self, counters: Counters) -> bool:
+        """Return whether a checkpoint is due by the examples since the last one."""
         every = self._when.every_examples
-        return every is not None and examples_since >= every
+        return every is not None and counters.examples - counters.saved_at >= every
 
     @property
     def time_is_up(self) -> bool:
@@ -72,13 +70,10 @@ class Saver:
         """Write `state` under `name` into the run's folder of checkpoints."""
         path = run_dir / CHECKPOINTS / name
         checkpoints.save(path, state, self._when.keep)
-        # An unreadable state should fail now rather than at a resume. The check is repeated once
-        # the first steps have filled the state.
-        stage = "new"
-        if state["updates"] > 0:
-            stage = "filled"
-        if stage not in self._proven:
-            self._proven.add(stage)
+        # An unreadable state should fail now rather than at a resume: new, and filled by steps.
+        is_filled = state["updates"] > 0
+        if is_filled not in self._proven:
+            self._proven.add(is_filled)
             try:
                 checkpoints.load(path)
             except HessianFlowError as error:

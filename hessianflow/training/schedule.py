@@ -43,9 +43,6 @@ class Schedule:
             all, so that a schedule counted in steps keeps its meaning when the batch grows.
         reference_batch_size: the batch size at which the learning rate is stated; None: the batch
             size at the start of the run.
-
-    Raises:
-        HessianFlowError: a setting is not what it must be.
     """
 
     scheduler: LRScheduler | None = None
@@ -85,11 +82,7 @@ class SteppedSchedule:
         self._counted = _counted_step(scheduler, unit)
 
     def step(self, loss: float, accuracy: float | None) -> None:
-        """Take one step.
-
-        Args:
-            loss: the figure that a ReduceLROnPlateau of mode "min" watches.
-            accuracy: the figure that one of mode "max" watches.
+        """Take one step; a ReduceLROnPlateau of mode "min" watches the loss, else the accuracy.
 
         Raises:
             HessianFlowError: the mode is "max" and there is no accuracy, or the optimizer has
@@ -160,10 +153,7 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Return the number of steps that a scheduler takes in a run.
-
-    `batches_per_epoch` is the number of examples divided by the reference batch size.
-    """
+    """Return the steps that a scheduler takes in a run, with so many reference batches an epoch."""
     if unit == "epoch":
         return epochs
     return int(epochs * batches_per_epoch + 1e-9)
@@ -207,12 +197,11 @@ def misfit(
 
 
 def _length_of_lambda(function: object) -> int | None:
-    steps = None
     if isinstance(function, partial):
         steps = function.keywords.get("num_training_steps")
-    if not isinstance(steps, int):
-        return None
-    return steps
+        if isinstance(steps, int):
+            return steps
+    return None
 
 
 def _check_methods(scheduler: object) -> None:
@@ -243,9 +232,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
-        other = "reference_batch"
-        if in_epochs:
-            other = "epoch"
+        (other,) = {"epoch", "reference_batch"} - {unit}
         raise HessianFlowError(
             f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{other}"'
         )
@@ -256,9 +243,7 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     required = required_arguments(scheduler.step)
     if not required:
         return None
-    method = "step"
-    if unit == "reference_batch":
-        method = "step_update"
+    method = {"epoch": "step", "reference_batch": "step_update"}[unit]
     if required != ["epoch"] or not hasattr(scheduler, method):
         raise HessianFlowError(
             f"{name}.step needs {', '.join(required)}, which the trainer cannot pass"

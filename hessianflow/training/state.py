@@ -1,37 +1,21 @@
 """The whole state of a run, collected for checkpoints and put back."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from hessianflow.interfaces import Decision, HessianFlowError, Stateful
 from hessianflow.runs.states import restoring
 from hessianflow.training import checkpoint
-from hessianflow.training.course import Course
+from hessianflow.training.checkpoint import ModelState
 from hessianflow.training.lookahead import Lookahead
-from hessianflow.training.model_state import ModelState
 from hessianflow.training.optimizers import check_followed, label, set_mode
 from hessianflow.training.steering import Steering
 from hessianflow.training.step import TrainingStep
-from hessianflow.training.timing import Stopwatch
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of a run that has a state.
-
-    Attributes:
-        name: the key in checkpoints.
-        part: an object with `state_dict` and `load_state_dict`; None where this run has none.
-    """
-
-    name: str
-    part: Any
 
 
 @dataclass
@@ -42,21 +26,51 @@ class RunState:
     counters and time, and last the random generators, from which nothing may draw after that.
 
     Attributes:
-        components: all other parts with a state, in order.
-        settings: the settings of this run as plain values; see :mod:`settings`.
-        follow: tells the parts which parameters are trained, once model and optimizer are back.
+        further: other parts with a state than every run has, by their keys in checkpoints.
+        settings: the settings of this run as plain values; see :mod:`checkpoint`.
+        components: all parts with a state besides weights and optimizer, by their keys in
+            checkpoints and in order; None stands for a part that this run does not have.
     """
 
-    model: ModelState
-    optimizer: Optimizer
-    components: list[Component]
-    stopwatch: Stopwatch
+    step: TrainingStep
+    steering: Steering
+    ahead: Lookahead
+    further: Mapping[str, Any]
     settings: Mapping[str, Any]
-    follow: Callable[[], None]
-    course: Course
+
+    def __post_init__(self) -> None:
+        task = self.step.task
+        self.optimizer = task.optimizer
+        self.model = ModelState(task.model, task.optimizer, task.loss_fn)
+        self.course = self.steering.course
+        self.stopwatch = self.step.stopwatch
+        self.components = {**self._parts(), **self.further}
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the parts that every run may have, in the order in which they are put back."""
+        methods = self.step.methods
+        accumulate = self.step.accumulate
+        queue: Lookahead | None = None
+        if self.ahead.depth > 0:
+            queue = self.ahead
+        return {
+            "train_data": self.step.task.train_data,
+            # The queue ends attacks under way, which change the adversary's state: it comes first.
+            "look-ahead": queue,
+            "controller": methods.controller,
+            "adversary": methods.adversary,
+            "probe": methods.probe,
+            "learning rate": self.steering.rate,
+            "loss scale": accumulate.scaler,
+            "totals": self.steering.totals,
+            "microbatch": self.step.microbatch,
+            "loss": _stateful(accumulate.loss_fn, nn.Module),
+            "transform": _stateful(methods.transform, Stateful),
+            **numbered("observer", methods.observers),
+        }
 
     def capture(
-        self, decision: Decision, history_bytes: int, rank_generators: Sequence[Any] | None = None
+        self, history_bytes: int, rank_generators: Sequence[Any] | None = None
     ) -> dict[str, Any]:
         """Return the state as tensors and plain values only.
 
@@ -64,18 +78,21 @@ class RunState:
         stand for all.
         """
         counters = self.course.counters
+        own = self.components
+        parts: dict[str, Any] = dict.fromkeys(own)
+        parts |= {n: checkpoint.plain(p.state_dict()) for n, p in own.items() if p is not None}
         state = {
             **self.model.capture(),
             "optimizer_class": label(self.optimizer),
             "optimizer": checkpoint.plain(self.optimizer.state_dict()),
-            "parts": {c.name: _captured(c.part) for c in self.components},
+            "parts": parts,
             "generators": checkpoint.generator_states(),
             "counters": self.course.state_dict(),
             "examples": counters.examples,
             "updates": counters.updates,
-            "classes": {c.name: _label(c) for c in self.components},
+            "classes": {name: _label(name, part) for name, part in own.items()},
             "settings": checkpoint.plain(dict(self.settings)),
-            "decision": checkpoint.plain(dict(vars(decision))),
+            "decision": checkpoint.plain(dict(vars(self.steering.decision))),
             "seconds": self.stopwatch.totals(),
             "history_bytes": history_bytes,
         }
@@ -91,14 +108,30 @@ class RunState:
                 `source` names it.
         """
         with restoring(source):
-            present = [c for c in self.components if _is_in(state, c, source)]
+            present = [name for name in self.components if self._is_in(state, name, source)]
             self._restore_trained(state, source)
-            for component in present:
-                component.part.load_state_dict(state["parts"][component.name])
+            for name in present:
+                self.components[name].load_state_dict(state["parts"][name])
             self.course.load_state_dict(state["counters"])
             self.stopwatch.load(state["seconds"])
             _restore_generators(state, rank)
             return Decision(**state["decision"])
+
+    def _is_in(self, state: Mapping[str, Any], name: str, source: str) -> bool:
+        """Return whether run and state have a part; refuse if one lacks it, or classes differ."""
+        part = self.components[name]
+        saved = state["parts"].get(name)
+        if part is None and saved is None:
+            return False
+        if part is None:
+            raise HessianFlowError(f"{source} was made with a {name}")
+        if saved is None:
+            raise HessianFlowError(f"{source} was made without a {name}")
+        made = state["classes"].get(name)
+        own = _label(name, part)
+        if made != own:
+            raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
+        return True
 
     def _restore_trained(self, state: Mapping[str, Any], source: str) -> None:
         """Put back the weights and the optimizer, and tell the parts that follow them."""
@@ -120,13 +153,7 @@ class RunState:
             ) from None
         check_followed(self.optimizer)
         self.model.restore_beside(state["beside"], source)
-        self.follow()
-
-
-def _captured(part: Any) -> Any:
-    if part is None:
-        return None
-    return checkpoint.plain(part.state_dict())
+        self.step.follow(replan=True)
 
 
 def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
@@ -139,30 +166,6 @@ def _restore_generators(state: Mapping[str, Any], rank: int) -> None:
         separate_generators(rank)
 
 
-def components(ahead: Lookahead, step: TrainingStep, steering: Steering) -> list[Component]:
-    """Return the components of every run, in the order in which they are taken and put back."""
-    control = steering.control
-    accumulate = step.accumulate
-    queue: Lookahead | None = None
-    if ahead.depth > 0:
-        queue = ahead
-    return [
-        Component("train_data", steering.train_data),
-        # The queue ends the attacks under way, which change the adversary's state: it comes first.
-        Component("look-ahead", queue),
-        Component("controller", control.controller),
-        Component("adversary", step.adversary),
-        Component("probe", control.probe),
-        Component("learning rate", steering.rate),
-        Component("loss scale", accumulate.scaler),
-        Component("totals", steering.totals),
-        Component("microbatch", step.microbatch),
-        Component("loss", _stateful(accumulate.loss_fn, nn.Module)),
-        Component("transform", _stateful(step.transform, Stateful)),
-        *numbered("observer", control.observers),
-    ]
-
-
 def _stateful(function: object, kind: type) -> Any:
     """Return a function that is of a kind with a state; None for any other."""
     if isinstance(function, kind):
@@ -170,33 +173,16 @@ def _stateful(function: object, kind: type) -> Any:
     return None
 
 
-def numbered(name: str, parts: Sequence[Any]) -> list[Component]:
+def numbered(name: str, parts: Sequence[Any]) -> dict[str, Any]:
     """Return the parts as components "name 0", "name 1", ..."""
-    return [Component(f"{name} {number}", part) for number, part in enumerate(parts)]
+    return {f"{name} {number}": part for number, part in enumerate(parts)}
 
 
-def _is_in(state: Mapping[str, Any], component: Component, source: str) -> bool:
-    """Return whether run and checkpoint have a part; refuse if one lacks it or classes differ."""
-    name = component.name
-    saved = state["parts"].get(name)
-    if component.part is None and saved is None:
-        return False
-    if component.part is None:
-        raise HessianFlowError(f"{source} was made with a {name}")
-    if saved is None:
-        raise HessianFlowError(f"{source} was made without a {name}")
-    made = state["classes"].get(name)
-    own = _label(component)
-    if made != own:
-        raise HessianFlowError(f"{source} was made with the {name} {made}, this run has {own}")
-    return True
-
-
-def _label(component: Component) -> str:
+def _label(name: str, part: Any) -> str:
     """Return the class that a saved part must have; a learning rate compares schedulers itself."""
-    if component.name == "learning rate":
-        return type(component.part).__name__
-    return label(component.part)
+    if name == "learning rate":
+        return type(part).__name__
+    return label(part)
 
 
 def separate_generators(rank: int) -> None:

@@ -6,20 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hessianflow.batches import explaining_types, num_examples, to_device, training_pair
 from hessianflow.interfaces import (
-    Adversary,
     Batch,
-    BatchTransform,
     BindsParameters,
     Exposure,
     HessianFlowError,
     Progress,
     Stateful,
     StepResult,
-    World,
 )
 from hessianflow.measuring import unwrap
 from hessianflow.structure import article, is_list
@@ -29,8 +25,13 @@ from hessianflow.training.checks import tell_parameters
 from hessianflow.training.exposing import expose
 from hessianflow.training.lookahead import Planned
 from hessianflow.training.microbatch import MicrobatchSize
-from hessianflow.training.optimizers import gradients_wanted, wants_graph, without_closure
-from hessianflow.training.parameters import TrainedParameters
+from hessianflow.training.optimizers import (
+    TrainedParameters,
+    gradients_wanted,
+    wants_graph,
+    without_closure,
+)
+from hessianflow.training.task import Methods, Task
 from hessianflow.training.timing import Stopwatch
 
 
@@ -43,19 +44,19 @@ class TrainingStep:
     kept only until a step with the present microbatch size has succeeded.
     """
 
-    model: nn.Module
-    optimizer: Optimizer
+    task: Task
+    methods: Methods
     accumulate: GradientAccumulator
     microbatch: MicrobatchSize
-    adversary: Adversary | None
-    transform: BatchTransform | None
     stopwatch: Stopwatch
-    device: torch.device
-    world: World
     trained: TrainedParameters
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None
 
     def __post_init__(self) -> None:
+        self.model = self.task.model
+        self.optimizer = self.task.optimizer
+        self.world = self.accumulate.world
+        self.device = self.stopwatch.device
         backward = self.accumulate.backward
         tell_parameters(backward.observers, backward.parameters)
         self._wanted = gradients_wanted(self.optimizer)
@@ -79,9 +80,10 @@ class TrainingStep:
         """Return a batch on the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
             inputs, targets = training_pair(to_device(batch, self.device, non_blocking=True))
-            if self.transform is None or num_examples(targets) == 0:
+            transform = self.methods.transform
+            if transform is None or num_examples(targets) == 0:
                 return inputs, targets
-            made = self.transform(inputs, targets, progress)
+            made = transform(inputs, targets, progress)
         if not is_list(made) or len(made) != 2:
             raise HessianFlowError(
                 f"the transform must return a pair (inputs, targets), got {article(made)}"
@@ -101,8 +103,7 @@ class TrainingStep:
     def follow(self, *, replan: bool = False) -> None:
         """Train the parameters that model and optimizer name now; `news` says what changed.
 
-        Args:
-            replan: all ranks continue from the same state, and may plan their sums again.
+        With `replan` all ranks continue from the same state, and may plan their sums again.
 
         Raises:
             HessianFlowError: more is trained on several ranks, or an observer cannot be told.
@@ -208,17 +209,18 @@ class TrainingStep:
 
     def _expose(self, now: Planned, ahead: Planned | None, size: int) -> Exposure:
         """Return what to train on: start the attacks that are due, and wait for earlier ones."""
-        if self.adversary is None:
+        adversary = self.methods.adversary
+        if adversary is None:
             return Exposure(now.batch)
         with self.stopwatch.section("adversary"), self.accumulate.autocast():
-            return expose(self.adversary, self.model, now, ahead, size)
+            return expose(adversary, self.model, now, ahead, size)
 
     def _remember(self) -> Callable[[], None]:
         buffers = [(b, b.detach().clone()) for b in unwrap(self.model).buffers()]
         generators = checkpoint.generator_states()
         stateful: list[Stateful] = [*self.accumulate.backward.observers]
-        if self.adversary is not None:
-            stateful.append(self.adversary)
+        if self.methods.adversary is not None:
+            stateful.append(self.methods.adversary)
         states = [(part, copy.deepcopy(part.state_dict())) for part in stateful]
 
         def undo() -> None:
@@ -234,8 +236,6 @@ class TrainingStep:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or the processor's allocator, which has no type for it, ran out."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "t allocate" in str(error)
-    )
+    text = str(error)
+    of_processor = "not enough memory" in text or "t allocate" in text
+    return isinstance(error, torch.OutOfMemoryError) or of_processor

@@ -30,8 +30,8 @@ class _Section:
 class Stopwatch:
     """Adds up the time spent in named sections, and all wall time under "wall".
 
-    On a CUDA device the sections are marked by events on the stream, which only :meth:`totals`
-    reads, so that measuring never makes the host wait inside a step.
+    On a CUDA device events on the stream mark the sections. Only :meth:`totals` reads them, so that
+    measuring never makes the host wait inside a step.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -10,21 +10,17 @@ from torch import Tensor
 from hessianflow.interfaces import Decision, Hits, Progress, StepResult
 from hessianflow.losses import Weight, exact_type
 from hessianflow.runs.rows import place, spent_on
+from hessianflow.training.divergence import ExplosionRule
 from hessianflow.training.evaluate import Evaluation
-from hessianflow.training.explosion import ExplosionRule
 
 UNREAD = 512
-"""Number of results after which their losses are joined into one tensor, without being read. This
-default is our choice."""
+"""Results whose losses are joined into one tensor, without a read. This default is our choice."""
 
 
 class RunningTotals:
     """Sums loss and hits, and finds divergences; adding a step never waits for the device.
 
-    Args:
-        device: the device that holds the sums.
-        seconds: the stopwatch's totals as the epoch begins.
-        rule: judges the losses.
+    The sums are kept on `device`; `seconds` are the stopwatch's totals as the epoch begins.
     """
 
     def __init__(
@@ -52,9 +48,7 @@ class RunningTotals:
         self._gain = torch.zeros((), dtype=self._exact, device=self._device)
         self._with_twins = 0
         self._setting: dict[str, float] = {}
-        self._decision: Decision | None = None
-        self._rate = 0.0
-        self._share = 0.0
+        self._latest: tuple[Decision, float, float] | None = None
         self._judge()
         self._rule.start_epoch()
 
@@ -71,9 +65,7 @@ class RunningTotals:
         self._updates = update
         if len(self._unread) >= UNREAD:
             self._join()
-        self._decision = decision
-        self._rate = rate
-        self._share = share
+        self._latest = (decision, rate, share)
 
     def last_loss(self) -> float:
         """Return the mean loss of the latest optimization batch (waits for the device)."""
@@ -157,40 +149,34 @@ class RunningTotals:
     ) -> dict[str, Any]:
         """Return the row of the epoch just completed; `seconds` are the stopwatch's totals now."""
         loss, accuracy = self.means()
-        eval_loss: float | None = None
-        eval_accuracy: float | None = None
-        if evaluation is not None:
-            eval_loss = evaluation.loss
-            eval_accuracy = evaluation.accuracy
-        spent = {name: value - self._seconds[name] for name, value in seconds.items()}
-        return {
+        row = {
             **place("epoch", progress),
             **self._last_setting(),
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "eval_loss": eval_loss,
-            "eval_accuracy": eval_accuracy,
-            **self._adversarial_gain(),
-            **spent_on(spent, self._sum.examples),
+            "eval_loss": None,
+            "eval_accuracy": None,
         }
+        if evaluation is not None:
+            row["eval_loss"] = evaluation.loss
+            row["eval_accuracy"] = evaluation.accuracy
+        if self._with_twins:
+            # The excess of the twins' mean loss: below 0 the attacks are too stale.
+            row["adversarial_gain"] = self._gain.item() / self._with_twins
+        spent = {name: value - self._seconds[name] for name, value in seconds.items()}
+        return row | spent_on(spent, self._sum.examples)
 
     def _last_setting(self) -> dict[str, float]:
         """Return batch size, rate, factor and share of the latest step of the epoch."""
-        decision = self._decision
-        if decision is None:  # All steps of the epoch were made before an interruption.
+        if self._latest is None:  # All steps of the epoch were made before an interruption.
             return dict(self._setting)
+        decision, rate, share = self._latest
         return {
             "batch_size": decision.batch_size,
-            "lr": self._rate,
+            "lr": rate,
             "lr_factor": decision.lr_factor,
-            "adversarial_share": self._share,
+            "adversarial_share": share,
         }
-
-    def _adversarial_gain(self) -> dict[str, float]:
-        """Return the excess of the twins' mean loss; below 0 the attacks are too stale."""
-        if not self._with_twins:
-            return {}
-        return {"adversarial_gain": self._gain.item() / self._with_twins}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint in the middle of an epoch."""
@@ -223,7 +209,7 @@ class RunningTotals:
         self._gain = state["gain"].to(self._device)
         self._with_twins = state["with_twins"]
         self._setting = dict(state["setting"])
-        self._decision = None
+        self._latest = None
         self._seconds = dict(state["seconds"])
         self.forget_divergence()
         self._rule.load_state_dict(state["explosion"])

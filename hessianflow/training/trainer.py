@@ -25,10 +25,9 @@ from hessianflow.interfaces import (
     ResizableBatches,
     World,
 )
-from hessianflow.training.after_epoch import AfterEpoch
-from hessianflow.training.arguments import as_group
 from hessianflow.training.assembly import assemble
 from hessianflow.training.checks import (
+    as_group,
     check_probe,
     check_run,
     check_signals,
@@ -37,12 +36,11 @@ from hessianflow.training.checks import (
 )
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.lookahead import check_staleness
-from hessianflow.training.passes import Passes
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.run import Run
 from hessianflow.training.saving import Checkpoints
 from hessianflow.training.schedule import Schedule, misfit
-from hessianflow.training.task import Groups, Methods, Task
+from hessianflow.training.task import AfterEpoch, Groups, Methods, Passes, Task
 from hessianflow.training.world import LocalWorld
 
 
@@ -133,9 +131,8 @@ class AdaptiveBatchTrainer(Run):
         is_cut = loop.step.microbatch.size < loop.steering.decision.batch_size
         if (controller is not None or is_cut) and isinstance(train_data, ChecksRows):
             train_data.check_rows()
-        reference = loop.rate.reference_batch_size
-        notices = _notices(task, methods, groups, folder, reference)
-        super().__init__(loop, groups.reporting.config, notices, controller, reference)
+        notices = _notices(task, methods, groups, folder, loop.rate.reference_batch_size)
+        super().__init__(loop, groups.reporting.config, notices)
 
 
 def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:

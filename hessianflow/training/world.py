@@ -8,16 +8,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from hessianflow.interfaces import AgreedError, HessianFlowError, StepResult, Wishes, World
+from hessianflow.interfaces.world import LocalReducer
 
 T = TypeVar("T")
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
-class LocalWorld:
+class LocalWorld(LocalReducer):
     """The world of a single process, which exchanges nothing."""
-
-    rank = 0
-    world_size = 1
 
     def __init__(self) -> None:
         self._wishes: Callable[[], Wishes] = Wishes
@@ -33,11 +31,7 @@ class LocalWorld:
         """Do nothing: the data stay whole."""
 
     def begin(self, examples: int) -> None:
-        """Remember the size of the batch.
-
-        Raises:
-            HessianFlowError: the batch is empty.
-        """
+        """Remember the size of the batch, and refuse an empty one."""
         if examples == 0:
             raise HessianFlowError(
                 "a batch of 0 examples has no mean loss: check the training data"
@@ -62,25 +56,9 @@ class LocalWorld:
     def average_buffers(self) -> None:
         """Do nothing: the buffers are those of all ranks."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself."""
-        return tensor
-
-    def broadcast(self, value: Any) -> Any:
-        """Return the value itself."""
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return a list of this one value."""
-        return [value]
-
 
 def on_first_rank(world: World, action: Callable[[], T]) -> T:
-    """Act on rank 0, and return the result (plain values) on every rank.
-
-    Raises:
-        HessianFlowError: the error of the action, on every rank.
-    """
+    """Act on rank 0, and return the result (plain values), or raise the error, on every rank."""
     value = None
     message: str | None = None
     failure: HessianFlowError | None = None
@@ -99,11 +77,7 @@ def on_first_rank(world: World, action: Callable[[], T]) -> T:
 
 
 def on_all_ranks(world: World, action: Callable[[], T]) -> T:
-    """Act on every rank; if one of them fails, fail on all, so that none waits for it.
-
-    Raises:
-        HessianFlowError: the error of the first rank on which the action failed, on every rank.
-    """
+    """Act on every rank; if one fails, raise the first error on all, so that none waits for it."""
     own: str | None = None
     failure: HessianFlowError | None = None
     try:

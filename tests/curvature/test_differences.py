@@ -20,8 +20,8 @@ from hessianflow.curvature import (
     spectrum_report,
     top_eigenpairs,
 )
+from hessianflow.distributed import LocalReducer
 from hessianflow.distributed.curvature import sharded
-from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.interfaces import HessianFlowError
 
 KINDS = [HessianOperator, GGNOperator, FisherOperator]

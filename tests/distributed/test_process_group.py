@@ -17,6 +17,7 @@ from sockets import listening
 from torch.distributed import TCPStore
 
 from hessianflow import HessianFlowError, History
+from hessianflow.distributed import LocalReducer
 from hessianflow.distributed.launch import run_local
 from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.process_group import (
@@ -29,7 +30,6 @@ from hessianflow.distributed.process_group import (
     local_device,
     process_group,
 )
-from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.distributed.store import serve
 from hessianflow.interfaces import CurvatureReading, Decision
 
@@ -295,7 +295,7 @@ def sleep(reducer):
 
 @pytest.mark.slow
 def test_launch_refuses_and_gives_up():
-    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="world_size must be a whole number >= 1, got 0"):
         run_local(agree, 0)
     with pytest.raises(ValueError, match=r"ranks \[0\] did not finish in time"):
         run_local(sleep, 1, timeout_seconds=1.5)

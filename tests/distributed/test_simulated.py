@@ -5,8 +5,7 @@ from test_distributed_curvature import dense_eigenvalues, measure
 from test_process_group import agree
 from test_synchronize import check_equal, unequal
 
-from hessianflow.distributed.launch import run_local
-from hessianflow.distributed.simulated import run_simulated
+from hessianflow.distributed.launch import run_local, run_simulated
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 20])
@@ -55,5 +54,5 @@ def fail(reducer):
 def test_a_failing_rank_is_the_one_reported():
     with pytest.raises(KeyError, match="rank two"):
         run_simulated(fail, 3)
-    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="world_size must be a whole number >= 1, got 0"):
         run_simulated(fail, 0)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hessianflow.distributed.fingerprint import check_same_program, code_fingerprint
+from hessianflow.distributed import LocalReducer, check_same_program, code_fingerprint
 from hessianflow.distributed.launch import run_local
-from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.distributed.state import (
     average_buffers,
     broadcast_module,

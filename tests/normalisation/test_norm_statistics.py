@@ -16,8 +16,8 @@ from hessianflow import AdaptiveBatchTrainer
 from hessianflow.control import ABS, CriticalBatch
 from hessianflow.curvature import CurvatureProbe, GGNOperator, HessianOperator
 from hessianflow.data import DeviceBatches
+from hessianflow.distributed import LocalReducer
 from hessianflow.distributed.curvature import AllReducedOperator
-from hessianflow.distributed.reducers import LocalReducer
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 from hessianflow.losses import MeanLoss
 from hessianflow.normalisation.settle import settle

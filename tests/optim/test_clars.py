@@ -190,8 +190,8 @@ def test_a_step_without_norms_says_what_to_attach() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_rate": 0}, "max_rate must be > 0, got 0: use None for no cap"),
-        ({"max_rate": -1}, "max_rate must be a finite number >= 0, got -1"),
+        ({"max_rate": 0}, "max_rate must be a finite number > 0, got 0: use None"),
+        ({"max_rate": -1}, "max_rate must be a finite number > 0, got -1"),
         ({"lr": -1}, "lr must be a finite number >= 0, got -1"),
         ({"form": "box"}, "form must be one of paper"),
     ],

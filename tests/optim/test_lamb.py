@@ -154,8 +154,8 @@ def test_a_late_parameter_has_its_own_bias_correction() -> None:
         ({"betas": 0.9}, r"betas must be two numbers .* got 0.9"),
         ({"eps": math.nan}, "eps must be a finite number >= 0, got nan"),
         ({"weight_decay": -1}, "weight_decay must be a finite number >= 0, got -1"),
-        ({"max_grad_norm": 0}, "max_grad_norm must be > 0, got 0: use None for no clipping"),
-        ({"max_grad_norm": -1}, "max_grad_norm must be a finite number >= 0, got -1"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be a finite number > 0, got 0: use None"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be a finite number > 0, got -1"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

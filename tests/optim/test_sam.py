@@ -113,7 +113,7 @@ def test_weights_are_put_back_when_the_second_closure_raises():
 def test_bad_input_is_named():
     base = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     for rho in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="rho must be finite and at least 0"):
+        with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
             SAM(base, rho=rho)
     with pytest.raises(TypeError, match="closure"):  # it says by its signature that it needs one
         SAM(base).step()
@@ -132,6 +132,6 @@ def test_a_step_without_a_closure_says_what_it_needs():
 def test_what_cannot_step_or_measure_is_refused(base, rho):
     base = base or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(
-        HessianFlowError, match=r"SAM steps another optimizer|rho must be finite and at least 0"
+        HessianFlowError, match=r"SAM steps another optimizer|rho must be a finite number >= 0"
     ):
         SAM(base, rho=rho)

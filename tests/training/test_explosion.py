@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches, DeviceBatches
 from hessianflow.training import Checkpoints, Divergence, Reporting
-from hessianflow.training.explosion import ExplosionRule, streak_needed
+from hessianflow.training.divergence import ExplosionRule, streak_needed
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 HEALTHY: dict[str, Draw] = {

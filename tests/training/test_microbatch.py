@@ -76,7 +76,7 @@ def test_auto_never_climbs_beyond_what_failed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bad_size():
-    with pytest.raises(HessianFlowError, match="microbatch_size must be at least 1, got 0"):
+    with pytest.raises(HessianFlowError, match="microbatch_size must be a whole number >= 1"):
         MicrobatchSize(0, 1, CPU)
 
 

@@ -13,7 +13,6 @@ from hessianflow.data import DeviceBatches
 from hessianflow.optim import GradientMoments
 from hessianflow.runs import checkpoints
 from hessianflow.training import Checkpoints, Reporting
-from hessianflow.training.state import Component
 
 
 class Noted:
@@ -52,7 +51,7 @@ def trainer(notes: list[str], run_dir: Path | None = None) -> AdaptiveBatchTrain
 
 
 def test_attacks_under_way_end_before_the_adversary_is_asked_for_its_state():
-    names = [component.name for component in trainer([])._loop.keeper.state.components]
+    names = list(trainer([])._loop.keeper.state.components)
     assert names.index("look-ahead") < names.index("adversary")
     assert names[:2] == ["train_data", "look-ahead"]
     assert names[-2:] == ["observer 0", "state noted"]
@@ -61,10 +60,12 @@ def test_attacks_under_way_end_before_the_adversary_is_asked_for_its_state():
 def test_parts_are_put_back_in_the_order_of_the_list():
     notes: list[str] = []
     made = trainer(notes)
-    components = made._loop.keeper.state.components
-    components.insert(0, Component("first", Noted("first", notes)))
-    components.insert(5, Component("middle", Noted("middle", notes)))
-    components.append(Component("last", Noted("last", notes)))
+    state = made._loop.keeper.state
+    parts = list(state.components.items())
+    parts.insert(0, ("first", Noted("first", notes)))
+    parts.insert(5, ("middle", Noted("middle", notes)))
+    parts.append(("last", Noted("last", notes)))
+    state.components = dict(parts)
     made.load_state_dict(made.state_dict())
     assert notes == ["first", "middle", "state", "last"]
 
