@@ -18,9 +18,8 @@ from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.draws import draws_by_content
-from hessianflow.curvature.ggn import forward_pair
+from hessianflow.curvature.ggn import PairOperator
 from hessianflow.curvature.jacobian import KeptJacobian
-from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
@@ -29,11 +28,10 @@ from hessianflow.losses import Averaged
 Labels = Literal["data", "model"]
 
 
-class FisherOperator(ModelOperator):
+class FisherOperator(PairOperator):
     """The Fisher matrix of a model over some data, positive semi-definite.
 
-    Further arguments and attributes: see
-    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    Further arguments, attributes: :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Args:
         labels: "data": the empirical Fisher. "model": one label per example, drawn from
@@ -42,8 +40,8 @@ class FisherOperator(ModelOperator):
         seed: seed of the drawn labels.
 
     Raises:
-        HessianFlowError: `labels` is neither; at a product: outputs or targets do not fit
-            labels="model".
+        HessianFlowError: `labels` is neither, or at a product outputs or targets do not fit
+            "model".
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class FisherOperator(ModelOperator):
         self._seed = seed
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = forward_pair(model, batch, "FisherOperator")
+        outputs, targets = self._forward(model, batch)
         averaged = self._average(outputs, targets)
         loss = averaged.value.detach()
         weight = float(averaged.weight)
@@ -109,9 +107,6 @@ class FisherOperator(ModelOperator):
             return Linearised(loss, [[factors @ values], [values]], [], along, graph.rounds)
 
         return Piece(loss, weight, product, claims, graph, jacobian.missing)
-
-    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        return self._average(*forward_pair(model, batch, "FisherOperator"))
 
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
         target = take_rows(targets, slice(n, n + 1), len(outputs), "targets")

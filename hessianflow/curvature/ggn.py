@@ -20,16 +20,37 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses import Averaged
 
 
-class GGNOperator(ModelOperator):
+class PairOperator(ModelOperator):
+    """A matrix that needs loss and network apart, and so pairs and outputs of one tensor."""
+
+    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
+        return self._average(*self._forward(model, batch))
+
+    def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """Return the outputs and the targets of a pair, or raise HessianFlowError."""
+        name = type(self).__name__
+        if isinstance(batch, Mapping):
+            raise HessianFlowError(
+                f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
+            )
+        outputs = model(batch[0])
+        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+            raise HessianFlowError(
+                f"{name} needs a model that returns one tensor depending on the selected"
+                f" parameters, got {type(outputs).__name__}; wrap the model"
+            )
+        return outputs, batch[1]
+
+
+class GGNOperator(PairOperator):
     """The generalized Gauss-Newton matrix of the mean loss.
 
     Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The
-    data must be pairs, and the model must return one tensor, since the matrix splits loss and
-    network there.
+    data must be pairs, and the model must return one tensor.
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = forward_pair(model, batch, "GGNOperator")
+        outputs, targets = self._forward(model, batch)
         averaged = self._average(outputs, targets)
         loss = averaged.value
         weight = float(averaged.weight)
@@ -62,26 +83,3 @@ class GGNOperator(ModelOperator):
 
         mean = loss.detach()
         return Piece(mean, weight, product, claims, graph, jacobian.missing)
-
-    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        return self._average(*forward_pair(model, batch, "GGNOperator"))
-
-
-def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
-    """Return the outputs and the targets of a pair.
-
-    Raises:
-        HessianFlowError: the batch is a dict, or the outputs are not one tensor that depends on the
-            weights.
-    """
-    if isinstance(batch, Mapping):
-        raise HessianFlowError(
-            f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
-        )
-    outputs = model(batch[0])
-    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-        raise HessianFlowError(
-            f"{name} needs a model that returns one tensor depending on the selected parameters, "
-            f"got {type(outputs).__name__}; wrap the model"
-        )
-    return outputs, batch[1]
