@@ -27,14 +27,8 @@ _SUMS = frozenset((torch.sum, Tensor.sum))
 _DIVISIONS = frozenset((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide))
 _CLAMPS = frozenset(
     (
-        torch.clamp,
-        torch.clamp_min,
-        torch.maximum,
-        Tensor.clamp,
-        Tensor.clamp_min,
-        Tensor.maximum,
-        torch.max,
-        Tensor.max,
+        *(torch.clamp, torch.clamp_min, torch.maximum, torch.max),
+        *(Tensor.clamp, Tensor.clamp_min, Tensor.maximum, Tensor.max),
     )
 )
 _SCALARS = _MEANS | _SUMS | _DIVISIONS | _CLAMPS
@@ -44,16 +38,10 @@ COUNT = "the count it divides by"
 
 @dataclass(frozen=True)
 class Call:
-    """An observed call.
-
-    Attributes:
-        function: a function of torch.
-        arguments: the arguments that were passed, by name.
-        result: the result of the call.
-    """
+    """An observed call of a function of torch."""
 
     function: Callable[..., Any]
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # those that were passed, by name
     result: Tensor
 
     @property
@@ -64,8 +52,7 @@ class Call:
     @property
     def reduction(self) -> str:
         """Return the reduction of a loss."""
-        name: str = self.arguments.get("reduction", "mean")
-        return name
+        return str(self.arguments.get("reduction", "mean"))
 
     @property
     def ignore_index(self) -> int | None:
@@ -101,7 +88,6 @@ class Observer(TorchFunctionMode):
         self._calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the call, and record it if it is of interest."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.

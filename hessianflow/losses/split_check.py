@@ -39,9 +39,6 @@ class SplitCheck:
     fourth, eighth and so on, because parts in which every row counts show nothing. Each time some
     rows are kept and compared together with rows of the next part: a part whose rows are all alike
     shows nothing either, as where it is padding or where data are sorted by class.
-
-    Args:
-        loss: the loss to be checked.
     """
 
     def __init__(self, loss: MeanLoss) -> None:
@@ -54,10 +51,8 @@ class SplitCheck:
     def __call__(self, outputs: Any, targets: Any) -> None:
         """Check the loss on one part of a larger batch, if a check is due.
 
-        Args:
-            outputs: the model's outputs; the model itself for a loss called as
-                loss_fn(model, batch).
-            targets: the targets, or the batch. A single row is compared only with the next one.
+        The arguments are those of :class:`MeanLoss`. A single row is compared only with the next
+        one.
 
         Raises:
             HessianFlowError: the loss is not the weighted mean, or the outputs have no row for each
@@ -143,10 +138,11 @@ class SplitCheck:
                     f" {WAY_OUT}"
                 ) from error
         # The host waits for the device here, a few times a run.
-        if not any(float(part.weight) > 0 for part in parts):
+        counting = [part for part in parts if float(part.weight) > 0]
+        if not counting:
             return
         value = float(whole.value.detach())
-        mean, scale = _mean(parts)
+        mean, scale = _mean(counting)
         tolerance = _tolerance(whole.value.dtype) * max(
             scale, abs(value), torch.finfo(whole.value.dtype).tiny
         )
@@ -155,9 +151,7 @@ class SplitCheck:
         if not math.isfinite(value):
             return
         if abs(mean - value) <= tolerance:
-            spread = max(
-                abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0
-            )
+            spread = max(abs(float(part.value.detach()) - value) for part in counting)
             if spread < ALIKE * abs(value):
                 self._compare_slopes(outputs, targets, spans)
             return
@@ -211,16 +205,10 @@ def _slopes(value: Any, leaves: list[Tensor]) -> Tensor:
 
 def _mean(parts: list[Averaged]) -> tuple[float, float]:
     """Return the weighted mean, and the largest magnitude among the parts."""
-    total = 0.0
-    weights = 0.0
-    scale = 0.0
-    for part in parts:
-        weight = float(part.weight)
-        if weight > 0:
-            total += weight * float(part.value.detach())
-            weights += weight
-            scale = max(scale, abs(float(part.value.detach())))
-    return total / weights, scale
+    weights = [float(part.weight) for part in parts]
+    values = [float(part.value.detach()) for part in parts]
+    total = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    return total / sum(weights), max(0.0, *map(abs, values))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -256,12 +244,9 @@ def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
 
 
 def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
-    """Return two structures joined into one of `rows` + `others` rows.
+    """Return two structures joined into one of `rows` + `others` rows; ValueError: they differ.
 
     Entries without rows, such as a model, are returned unchanged.
-
-    Raises:
-        ValueError: the structures differ.
     """
     is_array = isinstance(first, (Tensor, np.ndarray))
     if is_array and first.ndim > 0 and (len(first), len(second)) == (rows, others):

@@ -21,17 +21,10 @@ CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
 """The same losses as functions."""
 
 ELEMENTWISE_FUNCTIONS = (
-    functional.mse_loss,
-    functional.l1_loss,
-    functional.smooth_l1_loss,
-    functional.huber_loss,
-    functional.binary_cross_entropy,
-    functional.binary_cross_entropy_with_logits,
-    functional.kl_div,
-    functional.poisson_nll_loss,
-    functional.gaussian_nll_loss,
-    functional.soft_margin_loss,
-    functional.hinge_embedding_loss,
+    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
+    *(functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits),
+    *(functional.kl_div, functional.poisson_nll_loss, functional.gaussian_nll_loss),
+    *(functional.soft_margin_loss, functional.hinge_embedding_loss),
 )
 """Losses whose mean divides by the number of elements."""
 
@@ -60,8 +53,7 @@ def weighted(mean: Tensor, weight: Weight) -> Tensor:
 def exact_type(device: torch.device) -> torch.dtype:
     """Return the type of counts and long sums: float64, or float32 on a device without it.
 
-    Integers would divide in torch's default type; a float64 count keeps ratios exact for float64
-    models.
+    Integers would divide in torch's default type; float64 keeps ratios exact for float64 models.
     """
     if device.type == "mps":
         return torch.float32
@@ -74,15 +66,11 @@ def as_weight(count: Tensor) -> Tensor:
 
 
 def class_weight(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the sum of the class weights of all targets that are not ignored.
+    """Return the sum of the class weights of all targets that are not ignored, a scalar on the
+    device.
 
-    Args:
-        targets: class indices, of any shape.
-        weight: weight of each class, shape [classes]; None counts each as 1.
-        ignore_index: the index of targets that do not count.
-
-    Returns:
-        A scalar tensor on the device of the targets.
+    The targets are class indices of any shape. The weights have shape [classes]; None counts each
+    as 1.
     """
     counted: Tensor = targets != ignore_index
     exact = exact_type(targets.device)
