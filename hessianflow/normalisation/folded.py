@@ -39,10 +39,8 @@ class FoldedSequence(nn.Sequential):
     """A stand-in for a plain sequence, with that sequence's own layers, parameters and hooks.
 
     A slice of it, which `nn.Sequential` makes from its class and some of its layers, folds nothing.
-
-    Attributes:
-        pairs: each convolution and the normalisation that follows it, by the convolution's name.
-        absorbed: names of those normalisations.
+    `pairs` holds each convolution and the normalisation that follows it, by the convolution's name,
+    `absorbed` the names of those normalisations.
     """
 
     pairs: Mapping[str, tuple[_ConvNd, _BatchNorm]] = MappingProxyType({})
@@ -97,8 +95,7 @@ def _form(kind: type[Any]) -> type[FoldedSequence]:
 def folded_normalisation(model: nn.Module) -> Iterator[nn.Module]:
     """Run plain sequences folded wherever the model uses them, and put them back afterwards.
 
-    Yields:
-        The model to call, or its stand-in if the model itself is such a sequence.
+    Yields the model to call: a stand-in if the model itself is such a sequence.
     """
     parents = list(model.modules())
     stand_ins = {
@@ -127,14 +124,13 @@ def has_fixed_statistics(layer: nn.Module | None) -> bool:
     # evaluation mode.
     return (
         isinstance(layer, _BatchNorm)
-        and (type(layer) in _NORMALISATIONS or _is_torchs_in_evaluation(layer))
+        and (
+            type(layer) in _NORMALISATIONS
+            or (isinstance(layer, TorchsInEvaluation) and layer.is_torchs_in_evaluation)
+        )
         and not layer.training
         and layer.running_mean is not None
     )
-
-
-def _is_torchs_in_evaluation(layer: nn.Module) -> bool:
-    return isinstance(layer, TorchsInEvaluation) and layer.is_torchs_in_evaluation
 
 
 def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,7 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     The forward passes normalise by the batch, while everything else (dropout) is in evaluation
     mode. Flags, other buffers and random generators are restored; a model without such layers is
     not run. Layers that these passes do not reach (the adversarial half of a split layer, heads
-    that run in training only) keep their statistics, and so do frozen layers: those in evaluation
-    mode inside a model in training mode. In a model that is in evaluation mode as a whole no layer
-    counts as frozen.
+    that run in training only) keep their statistics, and so do frozen ones (:func:`moving_layers`).
 
     Args:
         model: the model, wrapped or not.

@@ -1,8 +1,8 @@
 """Split batch normalisation: one set of statistics for clean examples, one for adversarial ones.
 
 Xie et al., "Adversarial examples improve image recognition" (AdvProp), arXiv 1911.09665; used by
-ConAdv, arXiv 2106.00221. Clean and adversarial images have different distributions; with one set of
-statistics the running ones become a mixture and clean accuracy falls.
+ConAdv, arXiv 2106.00221. With one set of statistics for both, the running ones become a mixture and
+clean accuracy falls.
 
 A batch is one concatenation with the clean rows first. Each layer splits it where
 :func:`clean_rows` says, so that a step is one forward and one backward pass, also under
@@ -105,9 +105,7 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
 def clean_rows(model: nn.Module, clean: int | None) -> Iterator[None]:
     """Normalise the first `clean` rows of every batch by the main set, others by the adversarial.
 
-    Args:
-        model: a split model.
-        clean: number of clean rows; 0 makes all rows adversarial, None makes all clean.
+    With 0 all rows are adversarial, with None all are clean.
 
     Raises:
         HessianFlowError: the model is not split, or the number is negative.
