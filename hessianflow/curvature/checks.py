@@ -8,11 +8,7 @@ from hessianflow.interfaces import HessianFlowError
 
 
 def check_search(k: int, which: Which, tol: float, max_matvecs: int | None) -> None:
-    """Refuse a search for eigenpairs that no operator could satisfy.
-
-    Raises:
-        HessianFlowError: an argument is out of range.
-    """
+    """Raise HessianFlowError if an argument of a search for eigenpairs is out of range."""
     check_count("k", k)
     check_choice("which", which, get_args(Which))
     if not tol > 0:

@@ -36,14 +36,10 @@ WAY_OUT = (
 
 
 def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
-    """Refuse to cut a batch whose examples change each other's outputs.
+    """Refuse to cut a batch (inputs, targets) whose examples change each other's outputs.
 
-    A random model, and one whose outputs have no row for each example, pass unchecked.
-
-    Args:
-        model: the model, as it is measured.
-        batch: (inputs, targets) of at least two examples.
-        local: moves some examples to the device of the model.
+    A random model, and one whose outputs have no row for each example, pass unchecked. `local`
+    moves some examples to the device of the model.
 
     Raises:
         HessianFlowError: the rows differ; or the model cannot run fewer examples, and more than one
@@ -60,7 +56,7 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
             longer = _outputs(model, more)
             shorter = _outputs(model, fewer)
             differ = _differ(longer, shorter, rows)
-            is_random = differ and _differ_at_all(shorter, _outputs(model, fewer))
+            is_random = differ and not all(map(torch.equal, shorter, _outputs(model, fewer)))
         except Exception as error:  # whatever a model raises for a batch that it was not made for
             if not may_be_shared:
                 return
@@ -105,7 +101,3 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
     allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(one.dtype).eps)
     # The host waits for the device here, once for each operator.
     return bool(difference > allowed * other[torch.isfinite(other)].abs().double().norm())
-
-
-def _differ_at_all(first: list[Tensor], again: list[Tensor]) -> bool:
-    return any(not torch.equal(one, other) for one, other in zip(first, again, strict=False))

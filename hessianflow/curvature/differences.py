@@ -78,33 +78,20 @@ Vectors = list[Sequence[Tensor]]
 
 
 class Linearised(NamedTuple):
-    """The values and derivatives that a graph claims.
+    """The values and derivatives that a graph claims."""
 
-    Attributes:
-        loss: the mean loss.
-        continuous: vectors that depend on the weights without a jump and only bend at kinks.
-        jumping: vectors that jump at kinks: gradients.
-        along: returns the derivatives of both along a flat vector of weights.
-        rounds: whether the model rounds to 16 bits, so that differences tell nothing.
-    """
-
-    loss: Tensor
-    continuous: Vectors
-    jumping: Vectors
-    along: Callable[[Tensor], tuple[Vectors, Vectors]]
-    rounds: bool
+    loss: Tensor  # the mean loss
+    continuous: Vectors  # what depends on the weights without a jump and only bends at kinks
+    jumping: Vectors  # what jumps at kinks: gradients
+    along: Callable[[Tensor], tuple[Vectors, Vectors]]  # derivatives of both along a flat vector
+    rounds: bool  # whether the model rounds to 16 bits, so that differences tell nothing
 
 
 class Disagreement(NamedTuple):
-    """A derivative that differences contradict.
+    """A derivative that differences contradict."""
 
-    Attributes:
-        position: the index of the worst tensor; None where there is only one.
-        error: its error relative to the larger of claim and difference.
-    """
-
-    position: int | None
-    error: float
+    position: int | None  # index of the worst tensor; None where there is only one
+    error: float  # its error relative to the larger of claim and difference
 
 
 Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
@@ -120,16 +107,9 @@ def find_disagreement(
 ) -> Disagreement | None:
     """Compare derivatives with differences, in float64, and return the worst contradiction.
 
-    Args:
-        linearise: returns the derivatives to be checked.
-        holders: the modules whose weights and buffers are copied: the model and, if it is a module,
-            the loss.
-        parameters: the parameters to differentiate by.
-        samples: functions that return batches, tried in turn until one can be made and run: first a
-            few examples, then all of them.
-
-    Returns:
-        None where the derivatives agree with the differences, or where nothing can be told.
+    None means that they agree, or that nothing can be told. Weights and buffers of the modules
+    `holders` are copied: the model and, if it is a module, the loss. The functions `samples` return
+    batches; they are tried in turn until one can be made and run.
     """
     for sample in samples:
         try:
@@ -295,9 +275,9 @@ def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list
 def _direction(
     parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int
 ) -> Tensor:
-    """Return a random flat vector, in each tensor about as long as its weights.
+    """Return a random flat vector that moves each tensor by about the same fraction of its weights.
 
-    All tensors thus move by the same fraction. The vector is 0 in rows for padding.
+    The vector is 0 in rows for padding.
     """
     source = torch.Generator().manual_seed(seed)
     typical = _norm(parameters) / sum(p.numel() for p in parameters) ** 0.5 or 1.0

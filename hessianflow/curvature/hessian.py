@@ -22,8 +22,7 @@ from hessianflow.curvature.vectors import flatten
 class HessianOperator(ModelOperator):
     """The Hessian of the mean loss, H = d^2 L / dw^2, symmetric of shape [size, size].
 
-    Arguments, attributes and errors: see
-    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    See :class:`~hessianflow.curvature.model_operator.ModelOperator` for arguments and errors.
 
     Example:
         >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)

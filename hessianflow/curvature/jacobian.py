@@ -16,16 +16,8 @@ from hessianflow.curvature.vectors import flatten, unflatten
 class KeptJacobian:
     """The Jacobian d outputs / d parameters of one graph, for any number of products.
 
-    Args:
-        outputs: a tensor with a graph.
-        parameters: the tensors to differentiate by.
-        dtype: the type of the flat vectors.
-
-    Attributes:
-        missing: indices of the parameters that the outputs do not depend on.
-
-    Raises:
-        HessianFlowError: the outputs depend on none.
+    Flat vectors have the type `dtype`. The attribute `missing` holds the indices of parameters that
+    the outputs do not depend on; HessianFlowError says that this is all of them.
     """
 
     def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -14,9 +14,8 @@ costs three to ten gradients of a few examples, in float64."""
 class ProductCheck:
     """Decides when the one check of an operator is made.
 
-    Args:
-        wanted: True: with the first product. False: never. None: with product CHECK_FROM, or with
-            the first one where the graph gives reason to doubt.
+    With `wanted` True that is the first product, with False none, with None product CHECK_FROM, or
+    the first one where the graph gives reason to doubt.
     """
 
     def __init__(self, wanted: bool | None) -> None:
@@ -41,12 +40,7 @@ class ProductCheck:
         return is_due
 
     def conclude(self, disagreement: Disagreement | None, names: Sequence[str]) -> None:
-        """Refuse the operator if the check contradicts it.
-
-        Raises:
-            HessianFlowError: there is a disagreement; the message names the parameter, the likely
-                causes and the way out.
-        """
+        """Raise HessianFlowError for a disagreement, with the parameter, causes and the way out."""
         if disagreement is None:
             return
         where = ""

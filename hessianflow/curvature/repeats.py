@@ -11,11 +11,9 @@ class RepeatCheck:
     """Compares each loss with the last one at the same weights and the same batch.
 
     All products draw the same random numbers, because measuring restores the generators and a kept
-    graph keeps its own numbers. Only a second pass within one product shows that a loss is random.
-
-    Args:
-        wanted: whether to make that second pass with the first product.
-        dtype: the type of the vectors; losses may differ by the square root of its resolution.
+    graph keeps its own numbers. Only a second pass within one product shows that a loss is random:
+    `wanted` says whether the first one makes it. Losses may differ by the square root of the
+    resolution of `dtype`, the type of the vectors.
     """
 
     def __init__(self, wanted: bool, dtype: torch.dtype) -> None:
@@ -30,10 +28,8 @@ class RepeatCheck:
         return is_due
 
     def compare(self, snapshot: Snapshot, loss: Tensor) -> None:
-        """Compare a loss with the last one, if it was computed from the same values.
-
-        Raises:
-            HessianFlowError: the loss differs, although it was computed from the same values.
+        """Raise HessianFlowError if a loss differs from the last one, computed from the same
+        values.
         """
         value = float(loss)  # one number from the device for each graph that is built
         if self._last is not None and self._last[0].has_values_of(snapshot):

@@ -35,15 +35,8 @@ class RitzSpace:
     """The basis, its products, and the Ritz pairs of the operator on it.
 
     All numbers are in units of a power of two near the first product, so that squares neither
-    vanish nor overflow.
-
-    Args:
-        operator: any symmetric operator.
-        which: the wanted end of the spectrum.
-        k: number of wanted pairs.
-        keep: number of pairs that a restart keeps and `result` returns, at least k.
-        capacity: most vectors in the basis.
-        demand: the accuracy that is asked of the wanted pairs.
+    vanish nor overflow. The `k` pairs at the end `which` are wanted with the accuracy `demand`; a
+    restart keeps, and `result` returns, `keep` >= k. The basis holds at most `capacity` vectors.
     """
 
     def __init__(
@@ -216,8 +209,7 @@ class RitzSpace:
     def result(self, *, converged: bool) -> EigenResult:
         """Return the pairs to keep; `converged` refers to the k wanted ones.
 
-        Raises:
-            HessianFlowError: the search has not converged, and the operator is not symmetric.
+        Without convergence, HessianFlowError says if the operator is not symmetric.
         """
         self._measure()
         if not converged:

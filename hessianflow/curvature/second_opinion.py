@@ -2,12 +2,10 @@
 
 Reference: Yao, Gholami, Keutzer, Mahoney, PyHessian: Neural networks through the lens of the
 Hessian, 2020; package pyhessian 0.1. PyHessian leaves a model in evaluation mode, clears `.grad`
-and holds graphs in it, so it works on a copy here; its random numbers come from a forked state of
-the global generator.
+and holds graphs in it, so it works on a copy here, with a forked random state.
 
-Failures of PyHessian are reported, not raised: its released `density()` calls `torch.eig`, which
-current PyTorch no longer has. The density is then our quadrature of its products, and a note says
-so.
+Its failures are reported, not raised: its released `density()` calls `torch.eig`, which current
+PyTorch no longer has. The density is then our quadrature of its products, and a note says so.
 """
 
 import copy
@@ -45,8 +43,8 @@ class Comparison:
         ours: our value; for the density its mean.
         ours_error: residual or standard error of our value.
         theirs: PyHessian's value; None where it failed.
-        difference: |ours - theirs| / max(|ours|, |theirs|); for the density the Wasserstein
-            distance; None where PyHessian failed.
+        difference: |ours - theirs| / max(|ours|, |theirs|), None where PyHessian failed; for the
+            density the Wasserstein distance.
     """
 
     quantity: str
@@ -82,14 +80,13 @@ class SecondOpinion:
         lines = [
             f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"
         ]
-        notes = []
-        for row in self.rows:
-            lines.append(_line(row))
-            if row.quantity.startswith("density") and row.difference is not None:
-                notes.append(
-                    f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein"
-                    " distance, in units of the eigenvalues)"
-                )
+        lines += map(_line, self.rows)
+        notes = [
+            f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein"
+            " distance, in units of the eigenvalues)"
+            for row in self.rows
+            if row.quantity.startswith("density") and row.difference is not None
+        ]
         lines.append(
             "+-: residual of an eigenvalue, standard error of the trace; difference: relative to"
             " the larger value"

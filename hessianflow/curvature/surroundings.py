@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
@@ -28,8 +29,7 @@ def differentiating(
 ) -> Iterator[nn.Module]:
     """Measure a model with cheap second-order kernels, with all other parameters held constant.
 
-    Yields:
-        The model to call.
+    Yields the model to call.
     """
     selected = {id(p) for p in parameters}
     with measuring(model, norm_mode) as inner:
@@ -50,7 +50,8 @@ def second_order(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         stack.enter_context(without_hooks(_hooks_of(modules)))
-        stack.enter_context(_slow_path())
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # Fused recurrent kernels have no second derivative. Other models keep cuDNN, without
@@ -82,27 +83,14 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 Hooks = dict[int, Callable[..., Any]]
 
 
 @contextmanager
 def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
-    """Empty some tables of hooks, and put the hooks back in their order afterwards.
+    """Empty some tables of hooks of tensors or modules (or None), and put the hooks back in order.
 
     The tables stay the same objects, so handles still remove their hooks.
-
-    Args:
-        held: the tables in which tensors or modules keep their hooks; None for one without hooks.
     """
     emptied = [(table, dict(table)) for table in held if table]
     for table, _ in emptied:

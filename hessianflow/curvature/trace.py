@@ -71,8 +71,8 @@ def trace(
             there is no standard error. "krylov" spends one for each row if there are fewer rows,
             and the trace is exact.
         method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp"
-            from a sketch, "hutchinson" averages plain probes. The first two become the third where
-            they find no outliers.
+            from a sketch, "hutchinson" averages plain probes, as do the others where they find no
+            outliers.
         seed: seed of the probes; None draws fresh entropy.
 
     Returns:
@@ -84,8 +84,7 @@ def trace(
         one: 78 to 89 %); spend a product for each row there.
 
     Raises:
-        HessianFlowError: there are too few products, the method is unknown, or a product is not
-            finite.
+        HessianFlowError: too few products, an unknown method, or a product that is not finite.
     """
     check_choice("method", method, get_args(TraceMethod))
     least = 6

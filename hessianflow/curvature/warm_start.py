@@ -37,11 +37,9 @@ def by_value(nearness: Tensor) -> Tensor:
 
 
 def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value) -> Tensor:
-    """Return the start vector [size] that sums up a search.
+    """Return the start vector [size] that sums up a search by Lanczos.
 
-    Args:
-        result: the result of Lanczos.
-        weigh: returns the weights of the Ritz vectors; the leading one always gets 1.
+    `weigh` returns the weights of the Ritz vectors; the leading one always gets 1.
     """
     assert result.direction is not None  # Lanczos returns one
     tiny = torch.finfo(result.direction.dtype).tiny
