@@ -41,9 +41,8 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")
         reached = [layer for layer in layers if layer.num_batches_tracked]
-        measured = [
-            (_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached
-        ]
+        running = [_statistics(layer) for layer in reached]
+        measured = [(one, [tensor.clone() for tensor in one]) for one in running]
     for statistics, values in measured:
         torch._foreach_copy_(statistics, values)
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class SplitBatchNorm(nn.Module):
@@ -32,7 +31,7 @@ class SplitBatchNorm(nn.Module):
             rest; None leaves all to `main`. Set it through :func:`clean_rows`.
     """
 
-    def __init__(self, main: nn.modules.batchnorm._BatchNorm, *, share_affine: bool) -> None:
+    def __init__(self, main: _BatchNorm, *, share_affine: bool) -> None:
         super().__init__()
         self.main = main
         self.adversarial = copy.deepcopy(main)
@@ -76,7 +75,7 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
     layers: dict[nn.Module, nn.Module] = {
         m: SplitBatchNorm(m, share_affine=share_affine)
         for m in model.modules()
-        if isinstance(m, _BATCH_NORM)
+        if isinstance(m, _BatchNorm)
     }
     if not layers:
         raise HessianFlowError(

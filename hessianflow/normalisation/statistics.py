@@ -28,8 +28,7 @@ NEGLIGIBLE = 0.05
 """Differences below this fraction of a training's usual loss are ignored. Our choice: once a
 network fits digits, 32 examples have losses such as 0.004 and 0.002 under settled statistics."""
 
-ROWS = 32
-"""Most examples that are compared; each is forwarded twice. Our choice."""
+ROWS = 32  # most examples that are compared; each is forwarded twice; our choice
 
 
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
@@ -40,13 +39,9 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     as frozen.
     """
     inner = unwrap(model)
-    return [
-        m
-        for m in inner.modules()
-        if isinstance(m, _BatchNorm)
-        and m.running_mean is not None
-        and (m.training or not inner.training)
-    ]
+    layers = [m for m in inner.modules() if isinstance(m, _BatchNorm)]
+    running = [layer for layer in layers if layer.running_mean is not None]
+    return [layer for layer in running if layer.training or not inner.training]
 
 
 def compared_losses(
