@@ -14,29 +14,22 @@ Weight = int | float | Tensor
 """The divisor of a mean. A tensor is a scalar that stays on the device, so that the host does not
 wait for it."""
 
+# Losses that divide by the class weights of the targets that are not ignored, in both forms.
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-"""Losses that divide by the class weights of the targets that are not ignored."""
-
 CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
-"""The same losses as functions."""
-
+# Losses whose mean divides by the number of elements.
 ELEMENTWISE_FUNCTIONS = (
     *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
     *(functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits),
     *(functional.kl_div, functional.poisson_nll_loss, functional.gaussian_nll_loss),
     *(functional.soft_margin_loss, functional.hinge_embedding_loss),
 )
-"""Losses whose mean divides by the number of elements."""
-
+# Elementwise losses that broadcast outputs and targets of different shapes.
 BROADCASTING_LOSSES = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
     *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
 )
-"""Elementwise losses that broadcast outputs and targets of different shapes."""
-
-IGNORE_INDEX = -100
-"""The class index of targets that do not count, unless a loss says otherwise; torch's default."""
-
+IGNORE_INDEX = -100  # the class of targets that do not count, unless a loss says otherwise (torch)
 _DEFAULTS = {"reduction": "mean", "weight": None, "ignore_index": IGNORE_INDEX}
 
 
@@ -66,8 +59,7 @@ def as_weight(count: Tensor) -> Tensor:
 
 
 def class_weight(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the sum of the class weights of all targets that are not ignored, a scalar on the
-    device.
+    """Return the sum of the class weights of all targets not ignored, a scalar on their device.
 
     The targets are class indices of any shape. The weights have shape [classes]; None counts each
     as 1.
