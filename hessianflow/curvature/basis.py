@@ -72,9 +72,7 @@ class Rows:
 
     def _filled(self) -> list[Tensor]:
         starts = range(0, self.size, self._height)
-        return [
-            block[: self.size - start] for start, block in zip(starts, self._blocks, strict=False)
-        ]
+        return [block[: self.size - i] for i, block in zip(starts, self._blocks, strict=False)]
 
 
 def norms_of(rows: Tensor) -> npt.NDArray[np.float64]:
@@ -105,8 +103,7 @@ def check_symmetric(basis: Rows, products: Rows) -> None:
 
     The vectors u and v are the rows of `basis`, and `products` holds A v for each of them.
     """
-    rows = [basis.dot(products[index]) for index in range(basis.size)]
-    projected = torch.stack(rows)
+    projected = torch.stack([basis.dot(products[index]) for index in range(basis.size)])
     difference = float((projected - projected.T).norm())
     relative = difference / max(float(projected.norm()), torch.finfo(projected.dtype).tiny)
     if relative > ASYMMETRY:

@@ -26,8 +26,7 @@ TOLERANCE = 1e-2
 """Relative difference of outputs that passes. Our choice: kernels for different numbers of rows
 differ by rounding, at most 1e-6 in float32; rows that depend on others differ by tenths."""
 
-ROUNDINGS = 30
-"""Machine epsilons that pass where they are more than TOLERANCE, as in bfloat16."""
+ROUNDINGS = 30  # machine epsilons that pass where they are more than TOLERANCE, as in bfloat16
 
 WAY_OUT = (
     "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first"

@@ -102,7 +102,10 @@ class SpectralDensity:
             width * (2 * torch.pi) ** 0.5
         )
         curves = (self.weights[..., None] * kernels).sum(dim=1)
-        return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), width)
+        spread = torch.full_like(grid, torch.nan)
+        if len(curves) > 1:
+            spread = curves.std(dim=0)
+        return SmoothedDensity(grid, curves.mean(dim=0), spread, width)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
         """Return the share of eigenvalues below `value`; two standard errors cover its limits.
@@ -181,10 +184,8 @@ def spectral_density(
         )
     source = generator(seed, operator.device)
     with estimating(operator):
-        rules = [
-            _quadrature(operator, gaussian(operator, source), min(steps, operator.size))
-            for _ in range(num_probes)
-        ]
+        starts = (gaussian(operator, source) for _ in range(num_probes))
+        rules = [_quadrature(operator, start, min(steps, operator.size)) for start in starts]
     longest = max(len(rule.nodes) for rule in rules)
     nodes = torch.stack([_padded(rule.nodes, longest, rule.nodes[-1]) for rule in rules])
     return SpectralDensity(
@@ -236,9 +237,3 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
 
 def _padded(row: Tensor, length: int, value: Tensor | float) -> Tensor:
     return nn.functional.pad(row, (0, length - len(row)), value=float(value))
-
-
-def _spread(samples: Tensor) -> Tensor:
-    if len(samples) == 1:
-        return torch.full_like(samples[0], float("nan"))
-    return samples.std(dim=0)

@@ -154,7 +154,7 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
         )
     missing = _MISSING.search(text)
     if missing:
-        way_out = _REPLACE.get(missing.group(1), "replace that operation")
+        way_out = _USE.get(missing.group(1), "replace that operation")
         return f"the loss has no second derivative: '{missing.group(1)}' has none; {way_out}"
     if isinstance(error, CheckpointError):
         return (
@@ -164,9 +164,7 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
     return next((advice for sign, advice in _ADVICE.items() if sign in text), None)
 
 
-_REPLACE = {
-    "hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"
-}
+_USE = {"hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"}
 _CONSTANT = (
     "the loss differentiates by something that is a constant here, such as weights that are not"
     " selected; leave params=None, or call requires_grad_() in the loss"

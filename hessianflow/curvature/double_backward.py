@@ -242,9 +242,8 @@ class _NormalisationBackward(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor, sizes: Sizes, bias: Tensor | None = None) -> Tensor:
     stride, padding, dilation, groups = sizes
-    output: Tensor = _convolution(
-        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-    )
+    zeros = [0] * len(stride)
+    output: Tensor = _convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups)
     return output
 
 
@@ -265,9 +264,8 @@ def _fixed(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     # Outside training the statistics are read but never moved, whatever the momentum.
-    return torch.batch_norm(
-        x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled
-    )
+    use_cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, use_cudnn)
 
 
 def _fixed_backward(

@@ -55,9 +55,7 @@ class Demand(NamedTuple):
 
     @property
     def tie(self) -> float:
-        """Return half the tolerance, up to which magnitudes count as equal; errors have the other
-        half.
-        """
+        """Return half the tolerance (errors have the rest), up to which magnitudes are equal."""
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:

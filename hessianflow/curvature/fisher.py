@@ -17,15 +17,17 @@ from hessianflow.batches import take_rows
 from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
-from hessianflow.curvature.draws import draws_by_content
-from hessianflow.curvature.ggn import PairOperator
-from hessianflow.curvature.jacobian import KeptJacobian
+from hessianflow.curvature.ggn import KeptJacobian, PairOperator
 from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged
+from hessianflow.structure import tensors_in
 
 Labels = Literal["data", "model"]
+
+_STEPS = (-4658895280553007687, -7723592293110705685)  # of splitmix64
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FisherOperator(PairOperator):
@@ -113,12 +115,8 @@ class FisherOperator(PairOperator):
         return self._loss(outputs[n : n + 1], target)
 
     def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
-        if (
-            not isinstance(targets, Tensor)
-            or targets.is_floating_point()
-            or outputs.ndim != 2
-            or targets.ndim != 1
-        ):
+        are_classes = isinstance(targets, Tensor) and not targets.is_floating_point()
+        if not are_classes or outputs.ndim != 2 or targets.ndim != 1:
             raise HessianFlowError(
                 "labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'"
             )
@@ -127,3 +125,56 @@ class FisherOperator(PairOperator):
         labels = torch.searchsorted(cumulative, draws[:, None]).squeeze(1)
         # Rounding may leave the last sum below 1, and a draw above it.
         return labels.clamp(max=outputs.shape[1] - 1)
+
+
+def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
+    """Return a uniform number in [0, 1) for each example, shape [examples], float64.
+
+    It depends on the content of the example, not on its position: data may come in another order in
+    every pass, and in batches of any size. Equal examples get equal numbers. Only tensors whose
+    first dimension is the number of examples count. The seed is any whole number; each gives
+    another sequence.
+
+    The bits of each value are read as an integer and multiplied by an odd number that depends on
+    its position in the example and on the seed; the sum, mixed once more, is as good as random. The
+    arithmetic is modulo 2^64, exact on every device and for every order of summation. Zeros
+    appended as padding change nothing.
+    """
+    tensors = tensors_in(batch)
+    device = tensors[0].device
+    seed = seed % 2**63
+    total = torch.full((examples,), seed, dtype=torch.int64, device=device)
+    for tensor in tensors:
+        if tensor.ndim > 0 and len(tensor) == examples:
+            total = _mixed(total + _sums(tensor, seed).to(device))
+    # The upper 53 bits, as many as a float64 holds.
+    return ((total >> 11) & (2**53 - 1)).double() / 2**53
+
+
+def _sums(tensor: Tensor, seed: int) -> Tensor:
+    dense = tensor.detach()
+    if dense.layout != torch.strided:
+        dense = dense.to_dense()
+    rows = dense.reshape(len(dense), -1)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows).reshape(len(rows), -1)
+    if rows.is_floating_point():
+        rows = rows.contiguous().view(_INTEGERS[rows.element_size()])
+    positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    odd = _mixed(positions + _mixed(torch.tensor(seed, device=rows.device))) | 1
+    sums: Tensor = (rows.to(torch.int64) * odd).sum(dim=1)
+    return sums
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Return integers that look random; each depends on all bits of its value (splitmix64)."""
+    for shift, factor in zip((30, 27), _STEPS, strict=True):
+        values = (values ^ (_shifted(values, shift))) * factor
+    mixed: Tensor = values ^ _shifted(values, 31)
+    return mixed
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Return the values shifted right, with zeros coming in from the left."""
+    shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

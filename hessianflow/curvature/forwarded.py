@@ -41,8 +41,7 @@ class ForwardedData:
         return sum(num_examples(batch) for batch in checked_batches(self._batches))
 
     def pieces(self, model: nn.Module | None = None) -> Iterator[Any]:
-        """Yield the pieces, on the device, without those of weight 0: all their targets are
-        ignored.
+        """Yield the pieces on the device, without those of weight 0, whose targets are all ignored.
 
         If `model` is given, the first batch that is cut is checked with it.
         """

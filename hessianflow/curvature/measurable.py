@@ -21,11 +21,7 @@ _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain mod
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
-    """Raise HessianFlowError if a model cannot be measured, or not with these options.
-
-    Batches that are normalised by their own statistics must not be cut into microbatches. The model
-    is unwrapped; :func:`check_measurable` says what else it must be.
-    """
+    """Raise HessianFlowError if a model cannot be measured, or not with these options."""
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
@@ -41,9 +37,7 @@ def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: Norm
 
 
 def check_measurable(model: nn.Module) -> None:
-    """Raise HessianFlowError if weights of a model are in shards, have no values or do not exist
-    yet.
-    """
+    """Raise HessianFlowError if weights are in shards, have no values or do not exist yet."""
     check_differentiable(model)
     fsdp = "torch.distributed.fsdp"
     wrappers = _loaded((fsdp, "FullyShardedDataParallel"), (fsdp, "FSDPModule"))
@@ -77,9 +71,7 @@ def _check_usable(
 
 
 def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[Tensor]) -> None:
-    """Raise HessianFlowError if parameters were frozen or replaced in the model since their
-    selection.
-    """
+    """Raise HessianFlowError if parameters were frozen or replaced since they were selected."""
     held = {id(tensor) for module in model.modules() for tensor in module._parameters.values()}
     for name, parameter in zip(names, parameters, strict=True):
         if not parameter.requires_grad:

@@ -30,9 +30,8 @@ from hessianflow.curvature.differences import EXAMPLES, Linearised, find_disagre
 from hessianflow.curvature.forwarded import ForwardedData
 from hessianflow.curvature.measurable import check_options, check_present, uses_batch_statistics
 from hessianflow.curvature.operator import Operator
+from hessianflow.curvature.operator_checks import ProductCheck, RepeatCheck
 from hessianflow.curvature.pieces import NO_TARGET, Kept, Piece, check_finite, counted
-from hessianflow.curvature.product_check import ProductCheck
-from hessianflow.curvature.repeats import RepeatCheck
 from hessianflow.curvature.selection import Selection, select_parameters
 from hessianflow.curvature.staleness import Snapshot
 from hessianflow.curvature.surroundings import differentiating, full_precision, without_hooks
@@ -266,20 +265,14 @@ class ModelOperator(Operator):
         return self._average(model(batch[0]), batch[1])
 
     def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """Return the mean loss of a piece, and check that pieces average to the whole.
-
-        For a dict the arguments are the model and the batch.
-        """
+        """Return the mean loss of a piece (of a model and a dict), and check that pieces add up."""
         averaged = self._loss(outputs, targets)
         if self.is_part or not self._data.is_one_piece:
             self._check_split(outputs, targets)
         return averaged
 
     def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        """Return the mean loss of one piece, fit to be differentiated, and its weight.
-
-        A loss of weight 0 is not checked.
-        """
+        """Return the mean loss of a piece and its weight; check the loss unless the weight is 0."""
         averaged = self._averaged(model, batch)
         loss = averaged.value
         weight = float(averaged.weight)
@@ -304,17 +297,14 @@ class ModelOperator(Operator):
         return total / counted(whole)
 
     def _check_product(self) -> None:
-        holders = [
-            module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)
-        ]
+        holders = [one for one in (self._model, self.loss_fn) if isinstance(one, nn.Module)]
         with self._measuring() as model:
             whole = next(self._data.pieces())
             samples: list[Callable[[], Any]] = [lambda: whole]
             if not uses_batch_statistics(self._model, self.norm_mode):
                 samples.insert(0, lambda: next(split(whole, EXAMPLES)))
-            disagreement = find_disagreement(
-                partial(self._linearised, model), holders, self.parameters, samples
-            )
+            linearise = partial(self._linearised, model)
+            disagreement = find_disagreement(linearise, holders, self.parameters, samples)
         self._checking.conclude(disagreement, self.names)
 
     def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:

@@ -15,8 +15,7 @@ from torch import Tensor
 from hessianflow.curvature.vectors import check_vector, estimating
 from hessianflow.interfaces import HessianFlowError
 
-ORTHONORMAL = 1e-3
-"""Largest entry of Q^T Q - I that is put down to rounding. Our choice."""
+ORTHONORMAL = 1e-3  # largest entry of Q^T Q - I that is put down to rounding; our choice
 
 
 class NonFiniteError(HessianFlowError):
@@ -68,22 +67,18 @@ class Operator(ABC):
             return self._finite_product(other)
         if other.shape[1] == 0:
             return other.clone()
-        return torch.stack(
-            [self._finite_product(column.contiguous()) for column in other.unbind(1)], dim=1
-        )
+        products = [self._finite_product(column.contiguous()) for column in other.unbind(1)]
+        return torch.stack(products, dim=1)
 
     def _finite_product(self, vector: Tensor) -> Tensor:
         product = self.matvec(vector)
         # This waits for the device. Searches call matvec and look at the numbers that they fetch in
         # any case. One number shows most faults, but it may overflow where no entry does: it only
         # says when to look at all entries.
-        if not math.isfinite(torch.dot(product, vector).item()) and not bool(
-            torch.isfinite(product).all()
-        ):
+        looks_finite = math.isfinite(torch.dot(product, vector).item())
+        if not looks_finite and not bool(torch.isfinite(product).all()):
             if not bool(torch.isfinite(vector).all()):
-                raise NonFiniteError(
-                    "the vector is not finite (nan or inf), nor would be its product"
-                )
+                raise NonFiniteError("the vector is not finite (nan or inf), nor is its product")
             raise NonFiniteError(NON_FINITE_PRODUCT)
         return product
 

@@ -122,9 +122,8 @@ class RitzSpace:
         self._coordinates = coordinates[:, indices]
         # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2. The difference cancels, so it is too
         # rough to accept a pair by, but it needs no vector of full length.
-        squares = (
-            (self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates
-        ).sum(axis=0)
+        gram = self._gram[: self.size, : self.size]
+        squares = ((gram @ self._coordinates) * self._coordinates).sum(axis=0)
         self._rough = np.sqrt(np.maximum(squares - self.values**2, 0))
         self._is_measured = False
 
@@ -328,12 +327,10 @@ class RitzSpace:
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]
-        residuals = self._products.combine(self._on_device(coordinates).T)
-        return residuals.sub_(
-            self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
-        )
+        products = self._products.combine(self._on_device(coordinates).T)
+        scaled = self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
+        return products.sub_(scaled)
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(
-            self._operator.device, self._operator.dtype
-        )
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._operator.device, self._operator.dtype)

@@ -16,7 +16,7 @@ themselves."""
 
 
 def listed(params: Selection) -> Sequence[str | Tensor] | None:
-    """Return the selection as a list; raise HessianFlowError for an entry that cannot select."""
+    """Return the selection as a list; raise HessianFlowError unless it holds names or tensors."""
     if params is None:
         return None
     entries: list[Any] = [params]
@@ -55,9 +55,7 @@ def select_parameters(
         raise HessianFlowError(_nothing_chosen(named, model, params))
     names, tensors = zip(*chosen.values(), strict=True)
     if any(tensor.is_complex() for tensor in tensors):
-        raise HessianFlowError(
-            "parameters must be real, got a complex one; hold it as view_as_real"
-        )
+        raise HessianFlowError("parameters must be real, got a complex one; use view_as_real")
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise HessianFlowError(
@@ -69,9 +67,7 @@ def select_parameters(
 def _is_selected(name: str, parameter: Tensor, entries: Sequence[str | Tensor] | None) -> bool:
     if entries is None:
         return True
-    return any(
-        parameter is entry or (isinstance(entry, str) and matches(name, entry)) for entry in entries
-    )
+    return any(parameter is one or (isinstance(one, str) and matches(name, one)) for one in entries)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -82,9 +78,8 @@ def matches(name: str, pattern: str) -> bool:
 def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, params: Any) -> str:
     names = [name for name, parameter in named if parameter.requires_grad]
     if not names:
-        return (
-            f"{type(model).__name__} has no trainable parameter; set requires_grad_(True) on some"
-        )
+        kind = type(model).__name__
+        return f"{kind} has no trainable parameter; set requires_grad_(True) on some"
     shown = "the selection"
     if isinstance(params, str):
         shown = repr(params)

@@ -32,8 +32,7 @@ NEAREST = 1e-8
 """Least distance, relative to the largest magnitude, between the added node and the others: a
 smaller one would lead to numbers too large for an accurate rule."""
 
-DEVIATIONS = 2.0
-"""Standard errors on either side: 95 % where shares are roughly normal."""
+DEVIATIONS = 2.0  # standard errors on either side: 95 % where shares are roughly normal
 
 
 @dataclass(frozen=True)

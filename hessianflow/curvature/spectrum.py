@@ -187,10 +187,7 @@ def _reporting(
 
 
 def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Return the modules with trainable weights of their own that match by name.
-
-    A pattern that matches a module also matches the modules inside it.
-    """
+    """Return the modules with trainable weights of their own whose names match a pattern."""
     owners = [
         (name, module)
         for name, module in unwrap(model).named_modules()

@@ -10,6 +10,7 @@ hooks belong to the training step (clipping, rates of layers) and would change t
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,7 @@ from hessianflow.normalisation.folded import folded_normalisation
 def differentiating(
     model: nn.Module, norm_mode: NormMode, parameters: Iterable[Tensor]
 ) -> Iterator[nn.Module]:
-    """Measure a model with cheap second-order kernels, with all other parameters held constant.
-
-    Yields the model to call.
-    """
+    """Yield a model to measure, with cheap second-order kernels, other parameters held constant."""
     selected = {id(p) for p in parameters}
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
@@ -67,19 +65,13 @@ def second_order(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Suspend autocast, which would round products, and inference mode, which forbids graphs."""
-    if not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    ):
+    is_rounded = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if not (is_rounded or torch.is_inference_mode_enabled()):
         # Entering the contexts without need would cost a small net a tenth of each product.
         yield
         return
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
+    autocast = partial(torch.autocast, enabled=False)
+    with torch.inference_mode(False), autocast("cpu"), autocast("cuda"):
         yield
 
 
@@ -108,9 +100,5 @@ def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
     """Return the tables of backward hooks of some modules and of their parameters."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     tables: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
-    return tables + [
-        p._backward_hooks
-        for module in modules
-        for p in module._parameters.values()
-        if p is not None
-    ]
+    parameters = (p for module in modules for p in module._parameters.values() if p is not None)
+    return tables + [parameter._backward_hooks for parameter in parameters]

@@ -18,8 +18,7 @@ from torch import Tensor
 from hessianflow.curvature.results import EigenResult
 from hessianflow.curvature.vectors import normalised
 
-SPARE_VECTORS = 2
-"""Ritz vectors remembered beyond the k tracked ones. Our choice."""
+SPARE_VECTORS = 2  # Ritz vectors remembered beyond the k tracked ones; our choice
 
 RUNNER_UP_WEIGHT = 0.5
 """Weight of the other Ritz vectors in a warm start, each times the ratio of its value to the
