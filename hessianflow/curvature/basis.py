@@ -20,12 +20,8 @@ products in bfloat16 differ by a hundredth."""
 class Rows:
     """Rows kept in blocks, so that growing copies nothing; a single matrix would be held twice.
 
-    Args:
-        operator: gives the length, type and device of the rows.
-        most: the expected number of rows; more are taken, too.
-
-    Attributes:
-        size: number of rows.
+    The rows have length, type and device of `operator`. `most` is the number expected, but no
+    limit; the attribute `size` is the number there is.
     """
 
     def __init__(self, operator: LinearOperator, most: int) -> None:
@@ -76,23 +72,17 @@ class Rows:
 
     def _filled(self) -> list[Tensor]:
         starts = range(0, self.size, self._height)
-        return [
-            block[: self.size - start] for start, block in zip(starts, self._blocks, strict=False)
-        ]
+        return [block[: self.size - i] for i, block in zip(starts, self._blocks, strict=False)]
 
 
 def norms_of(rows: Tensor) -> npt.NDArray[np.float64]:
     """Return the Euclidean norms of some rows, on the host."""
-    norms = torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64)
-    array: npt.NDArray[np.float64] = norms.numpy()
-    return array
+    norms: npt.NDArray[np.float64] = torch.linalg.vector_norm(rows, dim=1).cpu().double().numpy()
+    return norms
 
 
 def orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
-    """Return the unit vector along the part of `direction` outside some orthonormal rows, or None.
-
-    There is none where the rows span the direction up to rounding.
-    """
+    """Return the unit vector along `direction` outside orthonormal rows; None if they span it."""
     unit: Tensor = direction / direction.norm()
     for _ in range(3):
         unit = unit - basis.combine(basis.dot(unit))
@@ -109,13 +99,11 @@ def orthogonal_part(direction: Tensor, basis: Rows) -> Tensor | None:
 
 
 def check_symmetric(basis: Rows, products: Rows) -> None:
-    """Refuse an operator A whose products A v with the rows v of a basis show it is not symmetric.
+    """Raise HessianFlowError if u^T A v and v^T A u differ by more than ASYMMETRY of their size.
 
-    Raises:
-        HessianFlowError: u^T A v and v^T A u differ by more than ASYMMETRY of their size.
+    The vectors u and v are the rows of `basis`, and `products` holds A v for each of them.
     """
-    rows = [basis.dot(products[index]) for index in range(basis.size)]
-    projected = torch.stack(rows)
+    projected = torch.stack([basis.dot(products[index]) for index in range(basis.size)])
     difference = float((projected - projected.T).norm())
     relative = difference / max(float(projected.norm()), torch.finfo(projected.dtype).tiny)
     if relative > ASYMMETRY:

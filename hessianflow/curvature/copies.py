@@ -22,11 +22,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def copied(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Let copies stand in for the weights and buffers of some modules, and put these back.
-
-    Yields:
-        The copies of `parameters`.
-    """
+    """Let copies stand in for weights and buffers of some modules; yield those of `parameters`."""
     modules = list(dict.fromkeys(module for holder in holders for module in holder.modules()))
     originals = [
         (module, dict(module._parameters), dict(module._buffers), _plain_attributes(module))

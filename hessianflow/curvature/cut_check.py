@@ -26,8 +26,7 @@ TOLERANCE = 1e-2
 """Relative difference of outputs that passes. Our choice: kernels for different numbers of rows
 differ by rounding, at most 1e-6 in float32; rows that depend on others differ by tenths."""
 
-ROUNDINGS = 30
-"""Machine epsilons that pass where they are more than TOLERANCE, as in bfloat16."""
+ROUNDINGS = 30  # machine epsilons that pass where they are more than TOLERANCE, as in bfloat16
 
 WAY_OUT = (
     "keep the batch in one pass; or, if a tensor is shared by all examples, give it a first"
@@ -36,14 +35,10 @@ WAY_OUT = (
 
 
 def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> None:
-    """Refuse to cut a batch whose examples change each other's outputs.
+    """Refuse to cut a batch (inputs, targets) whose examples change each other's outputs.
 
-    A random model, and one whose outputs have no row for each example, pass unchecked.
-
-    Args:
-        model: the model, as it is measured.
-        batch: (inputs, targets) of at least two examples.
-        local: moves some examples to the device of the model.
+    A random model, and one whose outputs have no row for each example, pass unchecked. `local`
+    moves some examples to the device of the model.
 
     Raises:
         HessianFlowError: the rows differ; or the model cannot run fewer examples, and more than one
@@ -60,7 +55,7 @@ def check_cut(model: nn.Module, batch: Batch, local: Callable[[Any], Any]) -> No
             longer = _outputs(model, more)
             shorter = _outputs(model, fewer)
             differ = _differ(longer, shorter, rows)
-            is_random = differ and _differ_at_all(shorter, _outputs(model, fewer))
+            is_random = differ and not all(map(torch.equal, shorter, _outputs(model, fewer)))
         except Exception as error:  # whatever a model raises for a batch that it was not made for
             if not may_be_shared:
                 return
@@ -105,7 +100,3 @@ def _differs(one: Tensor, other: Tensor, rows: int) -> bool:
     allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(one.dtype).eps)
     # The host waits for the device here, once for each operator.
     return bool(difference > allowed * other[torch.isfinite(other)].abs().double().norm())
-
-
-def _differ_at_all(first: list[Tensor], again: list[Tensor]) -> bool:
-    return any(not torch.equal(one, other) for one, other in zip(first, again, strict=False))

@@ -10,27 +10,21 @@ measure of v, exact for polynomials up to degree 2 steps - 1. The average over p
 distribution of eigenvalues, and the spread of the probes its error.
 
 Deviations: the basis is fully reorthogonalised, because without that many nodes (28 of 150 on a
-net) are copies of the top eigenvalue. After a breakdown the quadrature is exact, and the remaining
-nodes repeat the last one with weight 0. Shares of the spectrum (negative, below a value) are not
-sums of weights but limits that follow from the rule; see shares.py.
+net) are copies of the top eigenvalue. After a breakdown the quadrature is exact, and further nodes
+repeat the last one with weight 0. Shares of the spectrum are limits, not sums of weights
+(shares.py).
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessianflow.curvature.evidence import ROUNDING
 from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import TraceResult
-from hessianflow.curvature.shares import (
-    Share,
-    SignShares,
-    limits_of,
-    mass_limits,
-    tridiagonal,
-)
+from hessianflow.curvature.shares import Share, SignShares, limits_of, mass_limits, tridiagonal
 from hessianflow.curvature.vectors import estimating, gaussian, generator, norm
 from hessianflow.interfaces import HessianFlowError, LinearOperator
 
@@ -57,15 +51,14 @@ class SpectralDensity:
     """A quadrature of the eigenvalue distribution for each probe.
 
     Attributes:
-        nodes: eigenvalue estimates, ascending in each row, shape [num_probes, steps], float64 on
-            the CPU.
-        weights: share of the spectrum that each node stands for, shape [num_probes, steps]; each
-            row sums to 1.
+        nodes: eigenvalue estimates, ascending in each row, [num_probes, steps], float64 on the CPU.
+        weights: share of the spectrum that each node stands for, [num_probes, steps]; rows sum to
+            1.
         size: rows of the operator, so that size * weight counts eigenvalues.
         matvecs: products spent.
-        recurrences: diagonal and off-diagonal of each probe's tridiagonal matrix, shape [2, steps]
-            each. The last off-diagonal entry leads out of the matrix; it is 0 after a breakdown.
-            Where this is empty, nodes are taken for eigenvalues.
+        recurrences: diagonal and off-diagonal of each probe's tridiagonal matrix, shape [2, steps].
+            The last off-diagonal entry leads out of the matrix; it is 0 after a breakdown. Where
+            this is empty, nodes are taken for eigenvalues.
         noise: distance by which the rounding of products may move an eigenvalue.
     """
 
@@ -86,9 +79,9 @@ class SpectralDensity:
         """Replace each node by a Gaussian and average over probes, keeping the spread between them.
 
         Args:
-            points: number of points of the grid.
+            points: number of points of the grid, at least 2.
             width: standard deviation of the Gaussian. The default, 1 % of the range of nodes, is
-                our choice.
+                ours.
             limits: ends of the grid; default: all nodes and four widths on either side.
 
         Raises:
@@ -109,7 +102,10 @@ class SpectralDensity:
             width * (2 * torch.pi) ** 0.5
         )
         curves = (self.weights[..., None] * kernels).sum(dim=1)
-        return SmoothedDensity(grid, curves.mean(dim=0), _spread(curves), width)
+        spread = torch.full_like(grid, torch.nan)
+        if len(curves) > 1:
+            spread = curves.std(dim=0)
+        return SmoothedDensity(grid, curves.mean(dim=0), spread, width)
 
     def mass_below(self, value: float = 0.0) -> TraceResult:
         """Return the share of eigenvalues below `value`; two standard errors cover its limits.
@@ -188,16 +184,13 @@ def spectral_density(
         )
     source = generator(seed, operator.device)
     with estimating(operator):
-        rules = [
-            _quadrature(operator, gaussian(operator, source), min(steps, operator.size))
-            for _ in range(num_probes)
-        ]
+        starts = (gaussian(operator, source) for _ in range(num_probes))
+        rules = [_quadrature(operator, start, min(steps, operator.size)) for start in starts]
     longest = max(len(rule.nodes) for rule in rules)
-    padded = [_padded(rule.nodes, rule.weights, longest) for rule in rules]
-    nodes = torch.stack([nodes for nodes, _ in padded])
+    nodes = torch.stack([_padded(rule.nodes, longest, rule.nodes[-1]) for rule in rules])
     return SpectralDensity(
         nodes=nodes,
-        weights=torch.stack([weights for _, weights in padded]),
+        weights=torch.stack([_padded(rule.weights, longest, 0.0) for rule in rules]),
         size=operator.size,
         matvecs=sum(len(rule.nodes) for rule in rules),
         recurrences=tuple(rule.recurrence for rule in rules),
@@ -242,14 +235,5 @@ def _quadrature(operator: LinearOperator, start: Tensor, steps: int) -> _Rule:
     return _Rule(nodes, vectors[0] ** 2, recurrence)
 
 
-def _padded(nodes: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    missing = length - len(nodes)
-    more_nodes = nodes[-1:].expand(missing)
-    no_weights = weights.new_zeros(missing)
-    return torch.cat([nodes, more_nodes]), torch.cat([weights, no_weights])
-
-
-def _spread(samples: Tensor) -> Tensor:
-    if len(samples) == 1:
-        return torch.full_like(samples[0], float("nan"))
-    return samples.std(dim=0)
+def _padded(row: Tensor, length: int, value: Tensor | float) -> Tensor:
+    return nn.functional.pad(row, (0, length - len(row)), value=float(value))

@@ -18,14 +18,10 @@ _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 
 @contextmanager
 def explained(num_examples: int) -> Iterator[None]:
-    """Turn the failures that users meet into one line that says what to do.
+    """Turn failures that users meet into a HessianFlowError of one line that says what to do.
 
-    Args:
-        num_examples: examples in the forward pass, for the advice on memory.
-
-    Raises:
-        HessianFlowError: memory ran out, an operation has no second derivative, or the loss
-            differentiates by something that is a constant here.
+    They are: no memory for `num_examples` in one pass, an operation without a second derivative,
+    and a loss that differentiates by something that is a constant here.
     """
     try:
         yield
@@ -54,30 +50,19 @@ UNREACHED = (
 
 
 class Graph(NamedTuple):
-    """Facts read from the nodes of a graph.
+    """Facts read from the nodes of a graph."""
 
-    Attributes:
-        foreign: names of functions that are neither torch's own nor ours, whose derivatives may be
-            wrong.
-        rounds: whether values are rounded to 16 bits on the way.
-        recomputes: whether products run code of the model to compute saved values again, as in a
-            checkpointed block.
-    """
-
-    foreign: tuple[str, ...] = ()
-    rounds: bool = False
-    recomputes: bool = False
+    foreign: tuple[str, ...] = ()  # functions neither torch's nor ours: their backward may be wrong
+    rounds: bool = False  # whether values are rounded to 16 bits on the way
+    recomputes: bool = False  # whether products run code of the model, as in a checkpointed block
 
 
 def inspect_graph(loss: Tensor) -> Graph:
-    """Read the facts of the graph behind a loss, and refuse a graph whose products would be wrong.
+    """Read the facts of the graph behind a loss; raise HessianFlowError if products would be wrong.
 
     A function with a once_differentiable backward is refused, because autograd leaves its curvature
     out without an error where the incoming gradient is constant. So are a function that torch gets
     wrong and reentrant checkpointing, where the weights inside get no gradient.
-
-    Raises:
-        HessianFlowError: the graph has such functions; the message names them.
     """
     # Dictionaries in place of sets: the order of the graph is kept, and so are messages.
     functions: dict[type[Any], None] = {}
@@ -128,11 +113,7 @@ def _saved_names(kind: type[Any]) -> tuple[str, ...]:
 
 
 def check_reached(gradients: Iterable[Tensor | None]) -> None:
-    """Refuse gradients that are all None: the loss uses none of the parameters.
-
-    Raises:
-        HessianFlowError: all are None.
-    """
+    """Raise HessianFlowError if all gradients are None: the loss uses none of the parameters."""
     if all(gradient is None for gradient in gradients):
         raise HessianFlowError(UNREACHED)
 
@@ -173,7 +154,7 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
         )
     missing = _MISSING.search(text)
     if missing:
-        way_out = _REPLACE.get(missing.group(1), "replace that operation")
+        way_out = _USE.get(missing.group(1), "replace that operation")
         return f"the loss has no second derivative: '{missing.group(1)}' has none; {way_out}"
     if isinstance(error, CheckpointError):
         return (
@@ -183,9 +164,7 @@ def _advice(error: RuntimeError | MemoryError | ValueError, num_examples: int) -
     return next((advice for sign, advice in _ADVICE.items() if sign in text), None)
 
 
-_REPLACE = {
-    "hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"
-}
+_USE = {"hardsigmoid_backward": "use nn.Hardsigmoid, which is replaced here, or relu6(x + 3) / 6"}
 _CONSTANT = (
     "the loss differentiates by something that is a constant here, such as weights that are not"
     " selected; leave params=None, or call requires_grad_() in the loss"

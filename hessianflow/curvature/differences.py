@@ -45,66 +45,36 @@ from hessianflow.curvature.copies import copied, widened
 from hessianflow.curvature.vectors import unflatten
 
 # The constants here are our choices.
-
+EXAMPLES = 4  # examples of the batch that are used: faults are in operations, not in examples
+SHIFT = 1e-3  # distance from the weights to the point of comparison, relative to the weights
+_STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)  # lengths relative to the weights, the likeliest first
+_LONG = 1e-3  # the longest step that has to agree: over longer ones a vector may curve
+# The largest relative difference at which a tensor passes. Steps that agree differ by at most 1e-5.
 TOLERANCE = 1e-3
-"""Largest relative difference at which a tensor passes; steps that agree differ by at most 1e-5."""
-
-SMALLEST_SHARE = 1e-4
-"""Tensors with a smaller share of the whole are skipped: they may be left over by cancellation."""
-
-AGREEMENT = 0.1
-"""Two steps agree if they differ by at most this fraction of their distance from the claim."""
-
-ROUGH_AGREEMENT = 0.5
-"""The same fraction where all steps must agree."""
-
-ROUNDINGS = 100
-"""Machine epsilons of a vector that are put down to rounding."""
-
-EXAMPLES = 4
-"""Examples of the batch that are used: faults are in operations, not in examples."""
-
-SHIFT = 1e-3
-"""Distance between the current weights and the point of comparison, relative to the weights."""
-
-_STEPS = (1e-6, 1e-8, 1e-4, 1e-3, 1e-2)
-"""Step lengths relative to the weights, beginning with the likeliest to agree."""
-
-_LONG = 1e-3
-"""The longest step that has to agree: over longer ones a vector may curve."""
+SMALLEST_SHARE = 1e-4  # smaller shares of the whole are skipped: cancellation may leave them
+AGREEMENT = 0.1  # largest difference of two steps that agree, relative to that from the claim
+ROUGH_AGREEMENT = 0.5  # the same where all steps must agree
+ROUNDINGS = 100  # machine epsilons of a vector that are put down to rounding
 
 Vectors = list[Sequence[Tensor]]
 """Vectors, each as tensors that are compared one by one."""
 
 
 class Linearised(NamedTuple):
-    """The values and derivatives that a graph claims.
+    """The values and derivatives that a graph claims."""
 
-    Attributes:
-        loss: the mean loss.
-        continuous: vectors that depend on the weights without a jump and only bend at kinks.
-        jumping: vectors that jump at kinks: gradients.
-        along: returns the derivatives of both along a flat vector of weights.
-        rounds: whether the model rounds to 16 bits, so that differences tell nothing.
-    """
-
-    loss: Tensor
-    continuous: Vectors
-    jumping: Vectors
-    along: Callable[[Tensor], tuple[Vectors, Vectors]]
-    rounds: bool
+    loss: Tensor  # the mean loss
+    continuous: Vectors  # what depends on the weights without a jump and only bends at kinks
+    jumping: Vectors  # what jumps at kinks: gradients
+    along: Callable[[Tensor], tuple[Vectors, Vectors]]  # derivatives of both along a flat vector
+    rounds: bool  # whether the model rounds to 16 bits, so that differences tell nothing
 
 
 class Disagreement(NamedTuple):
-    """A derivative that differences contradict.
+    """A derivative that differences contradict."""
 
-    Attributes:
-        position: the index of the worst tensor; None where there is only one.
-        error: its error relative to the larger of claim and difference.
-    """
-
-    position: int | None
-    error: float
+    position: int | None  # index of the worst tensor; None where there is only one
+    error: float  # its error relative to the larger of claim and difference
 
 
 Linearise = Callable[[Any, Sequence[Tensor]], Linearised]
@@ -120,16 +90,9 @@ def find_disagreement(
 ) -> Disagreement | None:
     """Compare derivatives with differences, in float64, and return the worst contradiction.
 
-    Args:
-        linearise: returns the derivatives to be checked.
-        holders: the modules whose weights and buffers are copied: the model and, if it is a module,
-            the loss.
-        parameters: the parameters to differentiate by.
-        samples: functions that return batches, tried in turn until one can be made and run: first a
-            few examples, then all of them.
-
-    Returns:
-        None where the derivatives agree with the differences, or where nothing can be told.
+    None means that they agree, or that nothing can be told. Weights and buffers of the modules
+    `holders` are copied: the model and, if it is a module, the loss. The functions `samples` return
+    batches; they are tried in turn until one can be made and run.
     """
     for sample in samples:
         try:
@@ -194,10 +157,8 @@ class _Vector:
 
     def add(self, step: float, values: Sequence[Tensor]) -> None:
         """Note the values after a step of this length."""
-        difference = [
-            (new.detach() - old) / step for new, old in zip(values, self._values, strict=True)
-        ]
-        self._differences[step] = difference
+        slope = [(new.detach() - old) / step for new, old in zip(values, self._values, strict=True)]
+        self._differences[step] = slope
         self.is_confirmed = self.is_confirmed or not any(self._off_by(step))
 
     def exact_steps(self) -> set[float]:
@@ -212,9 +173,8 @@ class _Vector:
     def disagreement(self, trusted: set[float] | None = None) -> Disagreement | None:
         """Return the worst tensor for which steps agree with each other but not with the claim.
 
-        Args:
-            trusted: the steps of which two neighbours must agree. None: all steps up to _LONG must
-                agree, and the vector must move.
+        Two neighbours among the `trusted` steps must agree; without these, all steps up to _LONG
+        must, and the vector must move.
         """
         offs = {step: self._off_by(step) for step in sorted(self._differences)}
         if trusted is None:
@@ -223,11 +183,7 @@ class _Vector:
                 return None
         worst: dict[int, float] = {}
         for index in range(len(self._claimed)):
-            agreeing = [
-                (one, other)
-                for one, other in pairwise(offs)
-                if self._agree(index, one, other, offs, trusted)
-            ]
+            agreeing = [pair for pair in pairwise(offs) if self._agree(index, *pair, offs, trusted)]
             if agreeing and (trusted is not None or len(agreeing) == len(offs) - 1):
                 worst[index] = min(offs[step][index] for step in agreeing[0])
         if not worst:
@@ -261,10 +217,8 @@ class _Vector:
         """Return the relative difference of each tensor, 0 where it passes."""
         difference = self._differences[step]
         total = max(self._total, _norm(difference))
-        allowed = (
-            SMALLEST_SHARE * total
-            + ROUNDINGS * torch.finfo(self._values[0].dtype).eps * self._size / step
-        )
+        eps = torch.finfo(self._values[0].dtype).eps
+        allowed = SMALLEST_SHARE * total + ROUNDINGS * eps * self._size / step
         errors = []
         for claimed, measured in zip(self._claimed, difference, strict=True):
             error = float((measured - claimed).norm())
@@ -278,37 +232,31 @@ class _Vector:
 
 def _padding(holders: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Return (index of the parameter, padding row) for each embedding that has such a row."""
-    indices = {id(parameter): index for index, parameter in enumerate(parameters)}
-    embeddings = [
+    index = {id(parameter): position for position, parameter in enumerate(parameters)}
+    layers = [
         module
         for holder in holders
         for module in holder.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
     ]
-    return [
-        (indices[id(m.weight)], int(m.padding_idx or 0))
-        for m in embeddings
-        if id(m.weight) in indices
-    ]
+    return [(index[id(m.weight)], int(m.padding_idx or 0)) for m in layers if id(m.weight) in index]
 
 
-def _direction(
-    parameters: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int
-) -> Tensor:
-    """Return a random flat vector, in each tensor about as long as its weights.
+def _direction(tensors: Sequence[Tensor], padding: Sequence[tuple[int, int]], seed: int) -> Tensor:
+    """Return a random flat vector that moves each tensor by about the same fraction of its weights.
 
-    All tensors thus move by the same fraction. The vector is 0 in rows for padding.
+    The vector is 0 in rows for padding.
     """
     source = torch.Generator().manual_seed(seed)
-    typical = _norm(parameters) / sum(p.numel() for p in parameters) ** 0.5 or 1.0
+    typical = _norm(tensors) / sum(p.numel() for p in tensors) ** 0.5 or 1.0
     pieces = []
-    for parameter in parameters:
-        size = float(parameter.detach().norm()) / max(parameter.numel(), 1) ** 0.5
-        noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
+    for tensor in tensors:
+        size = float(tensor.detach().norm()) / max(tensor.numel(), 1) ** 0.5
+        noise = torch.randn(tensor.shape, generator=source, dtype=torch.float64)
         for index, row in padding:
-            if parameters[index] is parameter:
+            if tensors[index] is tensor:
                 noise[row] = 0
-        pieces.append((size or typical) * noise.reshape(-1).to(parameter.device, parameter.dtype))
+        pieces.append((size or typical) * noise.reshape(-1).to(tensor.device, tensor.dtype))
     return torch.cat(pieces)
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hessianflow.checks import check_choice, check_count
-from hessianflow.curvature.checks import check_search
 from hessianflow.curvature.evidence import COLD, WARM
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
@@ -37,17 +36,16 @@ def top_eigenpairs(
     Args:
         operator: any object with size, device, dtype and matvec.
         k: number of pairs, from 1 to the size.
-        method: "lanczos" (thick restart, full reorthogonalisation) or "power" (deflated power
-            iteration).
+        method: "lanczos" (thick restart, full reorthogonalisation) or "power" (with deflation).
         which: "LM" largest magnitude, "LA" largest algebraic, "SA" smallest algebraic.
-        tol: allowed relative error of each value; the default is our choice. Lanczos judges the
-            error by min(r, r^2/gap) for the residual r, power iteration by r itself; neither
-            judges it by the change of a value. Residuals cannot show that a more wanted value is
-            hidden. Lanczos checks several pairs from a fresh start, and a single pair by its gap
-            and by whether its residual still falls; power iteration does not check. Lanczos never
-            asks for less than the rounding of products, taken as 50 machine epsilons of the largest
-            magnitude (in float32 6e-6 of it): much smaller values may be less accurate than `tol`
-            asks, and `converged` is then False.
+        tol: allowed relative error of each value; the default is our choice. Lanczos judges it by
+            min(r, r^2/gap) for the residual r, power iteration by r itself, neither by the change
+            of a value. Residuals cannot show that a more wanted value is hidden. Lanczos checks
+            several pairs from a fresh start, and a single pair by its gap and by whether its
+            residual still falls; power iteration does not check. Lanczos never asks for less than
+            the rounding of products, taken as 50 machine epsilons of the largest magnitude (in
+            float32 6e-6 of it): much smaller values may be less accurate than `tol` asks, and
+            `converged` is then False.
         residual_tol: largest residual of each pair, ||A x - theta x|| <= residual_tol |theta|, like
             ARPACK's `tol`; None sets no limit. Use it where vectors matter: by `tol` alone Lanczos
             leaves residuals of up to sqrt(tol / 10) |theta| (1 % of it at most, but `tol` if that
@@ -55,28 +53,22 @@ def top_eigenpairs(
             enough for a warm start or the share of a gradient along it, not for projections.
             "power" refuses it, because its `tol` is such a rule already.
         max_matvecs: most products to spend; a search that needs more ends with `converged` False.
-            The default is our choice: max(100, 20 k) for Lanczos, ten times that for power
-            iteration.
+            The default is our choice: max(100, 20 k), for power iteration ten times that.
         v0: start vector [size] or vectors [size, m], e.g. those of an earlier, similar operator. A
-            random part is added to the first, so that an eigenvector given as start cannot hide a
-            larger eigenvalue.
+            random part is added to the first, so that it cannot hide a larger eigenvalue.
         seed: seed of the random start; None draws fresh entropy.
-        extra: number of further pairs, however accurate, that Lanczos returns after the k wanted
-            ones; they cost no product.
+        extra: number of further pairs, however accurate, that Lanczos returns for no product more.
         warm: whether `v0` sums up several vectors of a recent, similar operator, as CurvatureProbe
             makes it. Lanczos then accepts a larger residual where the estimated error allows it.
 
     Returns:
-        Values [k], vectors [size, k], residuals [k] (with `extra`, up to k + extra), the products
-        spent, and whether all k met the tolerance (EigenResult gives the exact meaning). There are
-        fewer pairs if `max_matvecs` allows no more.
+        The k pairs, for Lanczos up to k + extra (fewer if `max_matvecs` allows no more), and
+        whether all k met the tolerance; :class:`EigenResult` gives the exact meaning.
 
     Raises:
-        HessianFlowError: an argument is out of range, or (NonFiniteError) a product holds nan or
-            inf.
+        HessianFlowError: an argument is out of range, or (NonFiniteError) a product is not finite.
     """
-    budget = _check(operator, k, method, which, tol, max_matvecs, extra)
-    _check_residual_tol(residual_tol, method)
+    budget = _check(operator, k, method, which, tol, residual_tol, max_matvecs, extra)
     source = generator(seed, operator.device)
     start = _start(operator, v0, source)
     with estimating(operator):
@@ -121,23 +113,21 @@ def _start(operator: LinearOperator, v0: Tensor | None, source: torch.Generator)
         )
     columns = columns.to(operator.device, operator.dtype)
     if not bool(torch.isfinite(columns).all()) or not bool((columns != 0).any(dim=0).all()):
-        raise HessianFlowError(
-            "v0 must be finite with no zero vector; leave it None for a random start"
-        )
+        raise HessianFlowError("v0 must be finite with no zero vector; None gives a random start")
     columns = normalised(columns)
     first = columns[:, :1] + noise * (RANDOM_SHARE / noise.norm())
     return torch.cat([first, columns[:, 1:]], dim=1)
 
 
-def _check_residual_tol(residual_tol: float | None, method: Method) -> None:
-    if residual_tol is None:
-        return
-    if method == "power":
-        raise HessianFlowError(
-            "residual_tol is for 'lanczos'; 'power' stops by residuals: give tol"
-        )
-    if not residual_tol > 0:
-        raise HessianFlowError(f"residual_tol must be positive or None, got {residual_tol}")
+def check_search(k: int, which: Which, tol: float, max_matvecs: int | None) -> None:
+    """Raise HessianFlowError if an argument of a search for eigenpairs is out of range."""
+    check_count("k", k)
+    check_choice("which", which, get_args(Which))
+    if not tol > 0:
+        raise HessianFlowError(f"tol must be positive, got {tol}")
+    # "not at least" rather than "below" refuses nan, with which the search would never end.
+    if max_matvecs is not None and not max_matvecs >= 1:
+        raise HessianFlowError(f"max_matvecs must be at least 1 or None, got {max_matvecs}")
 
 
 def _check(
@@ -146,6 +136,7 @@ def _check(
     method: Method,
     which: Which,
     tol: float,
+    residual_tol: float | None,
     max_matvecs: int | None,
     extra: int,
 ) -> int:
@@ -157,6 +148,12 @@ def _check(
         raise HessianFlowError(
             f"k must be between 1 and the operator's size {operator.size}, got {k}"
         )
+    if residual_tol is not None and method == "power":
+        raise HessianFlowError(
+            "residual_tol is for 'lanczos'; 'power' stops by residuals: give tol"
+        )
+    if residual_tol is not None and not residual_tol > 0:
+        raise HessianFlowError(f"residual_tol must be positive or None, got {residual_tol}")
     if max_matvecs is not None:
         return max_matvecs
     if method == "power":

@@ -17,17 +17,13 @@ Array = npt.NDArray[np.float64]
 class Evidence(NamedTuple):
     """Bounds on residuals, below which a gap between Ritz values is trusted.
 
-    Attributes:
-        cap: the largest residual, relative to the value.
-        angle: for a single pair, the largest residual relative to the gap to the next Ritz value; a
-            bound on the sine of the angle to the eigenvector.
-        forecast: for a single pair, the largest residual that one more product would leave if the
-            residual fell as it did last, relative to the value and to the root of the tolerance.
+    `angle` and `forecast` are for a single pair. The former bounds the sine of the angle to the
+    eigenvector, the latter what one more product would leave if the residual fell as it did last.
     """
 
-    cap: float
-    angle: float
-    forecast: float
+    cap: float  # the largest residual, relative to the value
+    angle: float  # the same, relative to the gap to the next Ritz value
+    forecast: float  # relative to the value and to the root of the tolerance
 
 
 COLD = Evidence(0.01, 0.04, 0.014)
@@ -49,11 +45,8 @@ so those need no forecast."""
 class Demand(NamedTuple):
     """The accuracy that one search asks of its wanted pairs.
 
-    Attributes:
-        tol: the largest relative error of a value.
-        evidence: bounds on the residuals that vouch for this error.
-        residual_tol: the largest residual relative to the value, which bounds the error of the
-            vectors; infinite for no such bound.
+    The bounds of `evidence` vouch for errors of values up to `tol`; residuals up to `residual_tol`,
+    relative to the value, bound the error of the vectors.
     """
 
     tol: float
@@ -62,10 +55,7 @@ class Demand(NamedTuple):
 
     @property
     def tie(self) -> float:
-        """Return the relative difference up to which magnitudes count as equal.
-
-        It is half the tolerance; the other half is left for errors.
-        """
+        """Return half the tolerance (errors have the rest), up to which magnitudes are equal."""
         return min(self.tol, WIDEST_TIE) / 2
 
     def largest_residual(self, magnitudes: Array) -> Array:

@@ -17,23 +17,23 @@ from hessianflow.batches import take_rows
 from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
-from hessianflow.curvature.draws import draws_by_content
-from hessianflow.curvature.ggn import forward_pair
-from hessianflow.curvature.jacobian import KeptJacobian
-from hessianflow.curvature.model_operator import ModelOperator
+from hessianflow.curvature.ggn import KeptJacobian, PairOperator
 from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.losses import Averaged
+from hessianflow.structure import tensors_in
 
 Labels = Literal["data", "model"]
 
+_STEPS = (-4658895280553007687, -7723592293110705685)  # of splitmix64
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-class FisherOperator(ModelOperator):
+
+class FisherOperator(PairOperator):
     """The Fisher matrix of a model over some data, positive semi-definite.
 
-    Further arguments and attributes: see
-    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    Further arguments, attributes: :class:`~hessianflow.curvature.model_operator.ModelOperator`.
 
     Args:
         labels: "data": the empirical Fisher. "model": one label per example, drawn from
@@ -42,8 +42,8 @@ class FisherOperator(ModelOperator):
         seed: seed of the drawn labels.
 
     Raises:
-        HessianFlowError: `labels` is neither; at a product: outputs or targets do not fit
-            labels="model".
+        HessianFlowError: `labels` is neither, or at a product outputs or targets do not fit
+            "model".
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class FisherOperator(ModelOperator):
         self._seed = seed
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = forward_pair(model, batch, "FisherOperator")
+        outputs, targets = self._forward(model, batch)
         averaged = self._average(outputs, targets)
         loss = averaged.value.detach()
         weight = float(averaged.weight)
@@ -110,20 +110,13 @@ class FisherOperator(ModelOperator):
 
         return Piece(loss, weight, product, claims, graph, jacobian.missing)
 
-    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        return self._average(*forward_pair(model, batch, "FisherOperator"))
-
     def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
         target = take_rows(targets, slice(n, n + 1), len(outputs), "targets")
         return self._loss(outputs[n : n + 1], target)
 
     def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
-        if (
-            not isinstance(targets, Tensor)
-            or targets.is_floating_point()
-            or outputs.ndim != 2
-            or targets.ndim != 1
-        ):
+        are_classes = isinstance(targets, Tensor) and not targets.is_floating_point()
+        if not are_classes or outputs.ndim != 2 or targets.ndim != 1:
             raise HessianFlowError(
                 "labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'"
             )
@@ -132,3 +125,56 @@ class FisherOperator(ModelOperator):
         labels = torch.searchsorted(cumulative, draws[:, None]).squeeze(1)
         # Rounding may leave the last sum below 1, and a draw above it.
         return labels.clamp(max=outputs.shape[1] - 1)
+
+
+def draws_by_content(batch: Any, examples: int, seed: int) -> Tensor:
+    """Return a uniform number in [0, 1) for each example, shape [examples], float64.
+
+    It depends on the content of the example, not on its position: data may come in another order in
+    every pass, and in batches of any size. Equal examples get equal numbers. Only tensors whose
+    first dimension is the number of examples count. The seed is any whole number; each gives
+    another sequence.
+
+    The bits of each value are read as an integer and multiplied by an odd number that depends on
+    its position in the example and on the seed; the sum, mixed once more, is as good as random. The
+    arithmetic is modulo 2^64, exact on every device and for every order of summation. Zeros
+    appended as padding change nothing.
+    """
+    tensors = tensors_in(batch)
+    device = tensors[0].device
+    seed = seed % 2**63
+    total = torch.full((examples,), seed, dtype=torch.int64, device=device)
+    for tensor in tensors:
+        if tensor.ndim > 0 and len(tensor) == examples:
+            total = _mixed(total + _sums(tensor, seed).to(device))
+    # The upper 53 bits, as many as a float64 holds.
+    return ((total >> 11) & (2**53 - 1)).double() / 2**53
+
+
+def _sums(tensor: Tensor, seed: int) -> Tensor:
+    dense = tensor.detach()
+    if dense.layout != torch.strided:
+        dense = dense.to_dense()
+    rows = dense.reshape(len(dense), -1)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows).reshape(len(rows), -1)
+    if rows.is_floating_point():
+        rows = rows.contiguous().view(_INTEGERS[rows.element_size()])
+    positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    odd = _mixed(positions + _mixed(torch.tensor(seed, device=rows.device))) | 1
+    sums: Tensor = (rows.to(torch.int64) * odd).sum(dim=1)
+    return sums
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Return integers that look random; each depends on all bits of its value (splitmix64)."""
+    for shift, factor in zip((30, 27), _STEPS, strict=True):
+        values = (values ^ (_shifted(values, shift))) * factor
+    mixed: Tensor = values ^ _shifted(values, 31)
+    return mixed
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Return the values shifted right, with zeros coming in from the left."""
+    shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

@@ -16,17 +16,9 @@ from hessianflow.losses import MeanLoss
 class ForwardedData:
     """The batches of an operator, cut into pieces of at most `microbatch_size` examples.
 
-    Args:
-        data: one batch or a re-iterable of batches.
-        microbatch_size: examples per piece; None for whole batches.
-        device: the device of the model.
-        loss: the mean loss, which knows the weight of most pieces from their targets.
-
-    Attributes:
-        single: the only batch, where that can be told without reading a data set.
-
-    Raises:
-        HessianFlowError: there are no data, or something that is no batch.
+    `data` are one batch or a re-iterable of batches (HessianFlowError if they are neither or none),
+    and `loss` knows the weight of most pieces from their targets. The attribute `single` is the
+    only batch, where that can be told without reading a data set.
     """
 
     def __init__(
@@ -49,10 +41,9 @@ class ForwardedData:
         return sum(num_examples(batch) for batch in checked_batches(self._batches))
 
     def pieces(self, model: nn.Module | None = None) -> Iterator[Any]:
-        """Yield the pieces, on the device, without those known to have weight 0.
+        """Yield the pieces on the device, without those of weight 0, whose targets are all ignored.
 
-        The weight is 0 where all targets are ignored. If `model` is given, the first batch that is
-        cut is checked with it.
+        If `model` is given, the first batch that is cut is checked with it.
         """
         for batch in checked_batches(self._batches):
             if model is not None and not self._is_cut_checked and not self._fits(batch):

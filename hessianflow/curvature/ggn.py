@@ -5,31 +5,53 @@ without the curvature of the network itself. It is positive semi-definite for a 
 the cross-entropy it equals the Fisher information.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
-from hessianflow.curvature.jacobian import KeptJacobian
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.pieces import Piece, check_finite
+from hessianflow.curvature.vectors import flatten, unflatten
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses import Averaged
 
 
-class GGNOperator(ModelOperator):
+class PairOperator(ModelOperator):
+    """A matrix that needs loss and network apart, and so pairs and outputs of one tensor."""
+
+    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
+        return self._average(*self._forward(model, batch))
+
+    def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """Return the outputs and the targets of a pair, or raise HessianFlowError."""
+        name = type(self).__name__
+        if isinstance(batch, Mapping):
+            raise HessianFlowError(
+                f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
+            )
+        outputs = model(batch[0])
+        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+            raise HessianFlowError(
+                f"{name} needs a model that returns one tensor depending on the selected"
+                f" parameters, got {type(outputs).__name__}; wrap the model"
+            )
+        return outputs, batch[1]
+
+
+class GGNOperator(PairOperator):
     """The generalized Gauss-Newton matrix of the mean loss.
 
     Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The
-    data must be pairs, and the model must return one tensor, since the matrix splits loss and
-    network there.
+    data must be pairs, and the model must return one tensor.
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = forward_pair(model, batch, "GGNOperator")
+        outputs, targets = self._forward(model, batch)
         averaged = self._average(outputs, targets)
         loss = averaged.value
         weight = float(averaged.weight)
@@ -37,16 +59,14 @@ class GGNOperator(ModelOperator):
             return Piece(loss.detach(), 0.0, torch.zeros_like)
         check_finite(loss)
         graph = inspect_graph(loss)
-        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        (slope,) = grad(loss, outputs, create_graph=True, allow_unused=True)
         check_reached([slope])
         jacobian = KeptJacobian(outputs, self.parameters, self.dtype)
 
         def curved(moved: Tensor) -> Tensor:
             if not slope.requires_grad:  # a loss that is linear in the outputs has no curvature
                 return torch.zeros_like(moved)
-            return torch.autograd.grad(
-                slope, outputs, moved, retain_graph=True, materialize_grads=True
-            )[0]
+            return grad(slope, outputs, moved, retain_graph=True, materialize_grads=True)[0]
 
         def product(vector: Tensor) -> Tensor:
             return jacobian.transposed(curved(jacobian.forward(vector)))
@@ -56,32 +76,44 @@ class GGNOperator(ModelOperator):
             return [[jacobian.transposed(slope) @ vector], [moved], [curved(moved)]], []
 
         def claims() -> Linearised:
-            return Linearised(
-                mean, [[mean], [outputs.detach()], [slope.detach()]], [], along, graph.rounds
-            )
+            values: Vectors = [[mean], [outputs.detach()], [slope.detach()]]
+            return Linearised(mean, values, [], along, graph.rounds)
 
         mean = loss.detach()
         return Piece(mean, weight, product, claims, graph, jacobian.missing)
 
-    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        return self._average(*forward_pair(model, batch, "GGNOperator"))
 
+class KeptJacobian:
+    """The Jacobian J = d outputs / d parameters of one graph, for any number of products.
 
-def forward_pair(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Any]:
-    """Return the outputs and the targets of a pair.
-
-    Raises:
-        HessianFlowError: the batch is a dict, or the outputs are not one tensor that depends on the
-            weights.
+    J^T u is linear in u, so the derivative of (J^T u)^T v by u is J v: no layer has to support
+    forward mode. Flat vectors have the type `dtype`. The attribute `missing` holds the indices of
+    parameters that the outputs do not depend on; if these are all, HessianFlowError is raised.
     """
-    if isinstance(batch, Mapping):
-        raise HessianFlowError(
-            f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
+
+    def __init__(self, outputs: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._outputs = outputs
+        self._parameters = parameters
+        self._dtype = dtype
+        self._dummy = torch.zeros_like(outputs, requires_grad=True)
+        transposed = grad(outputs, parameters, self._dummy, create_graph=True, allow_unused=True)
+        check_reached(transposed)
+        self.missing = tuple(i for i, t in enumerate(transposed) if t is None)
+        reached = [(i, t) for i, t in enumerate(transposed) if t is not None]
+        self._linear = [(i, t) for i, t in reached if t.requires_grad]
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Return J v for a flat vector v, in the shape of the outputs."""
+        if not self._linear:
+            return torch.zeros_like(self._outputs)
+        pieces = unflatten(vector, self._parameters)
+        rows = [t for _, t in self._linear]
+        along = [pieces[i] for i, _ in self._linear]
+        return grad(rows, self._dummy, along, retain_graph=True, materialize_grads=True)[0]
+
+    def transposed(self, cotangent: Tensor) -> Tensor:
+        """Return J^T u for a cotangent u in the shape of the outputs, as a flat vector."""
+        grads = grad(
+            self._outputs, self._parameters, cotangent, retain_graph=True, allow_unused=True
         )
-    outputs = model(batch[0])
-    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-        raise HessianFlowError(
-            f"{name} needs a model that returns one tensor depending on the selected parameters, "
-            f"got {type(outputs).__name__}; wrap the model"
-        )
-    return outputs, batch[1]
+        return flatten(grads, self._parameters, self._dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
@@ -22,8 +23,7 @@ from hessianflow.curvature.vectors import flatten
 class HessianOperator(ModelOperator):
     """The Hessian of the mean loss, H = d^2 L / dw^2, symmetric of shape [size, size].
 
-    Arguments, attributes and errors: see
-    :class:`~hessianflow.curvature.model_operator.ModelOperator`.
+    See :class:`~hessianflow.curvature.model_operator.ModelOperator` for arguments and errors.
 
     Example:
         >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
@@ -38,7 +38,7 @@ class HessianOperator(ModelOperator):
         if weight == 0:
             return Piece(loss.detach(), 0.0, torch.zeros_like)
         graph = inspect_graph(loss)
-        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        gradients = grad(loss, self.parameters, create_graph=True, allow_unused=True)
         check_reached(gradients)
         # One flat tensor with its graph: autograd, not Python, then cuts each vector into pieces.
         gradient = flatten(gradients, self.parameters, self.dtype)
@@ -46,9 +46,7 @@ class HessianOperator(ModelOperator):
         def product(vector: Tensor) -> Tensor:
             if not gradient.requires_grad:  # the gradient is constant: the Hessian is zero
                 return torch.zeros_like(vector)
-            second = torch.autograd.grad(
-                gradient, self.parameters, vector, retain_graph=True, allow_unused=True
-            )
+            second = grad(gradient, self.parameters, vector, retain_graph=True, allow_unused=True)
             return flatten(second, self.parameters, self.dtype)
 
         def along(vector: Tensor) -> tuple[Vectors, Vectors]:

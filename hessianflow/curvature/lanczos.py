@@ -85,11 +85,9 @@ def lanczos(
     Args:
         start: start vectors, shape [size, s]; those that depend on earlier ones are left out.
         source: generator of the directions tried in a check or after a breakdown.
-        extra: number of further Ritz pairs, however accurate, to return after the wanted ones.
-        max_basis: vectors kept at once (and as many products). The default, max(2k + 20, 40), is
-            our choice.
+        max_basis: vectors (and products) kept at once. The default, max(2k + 20, 40), is our
+            choice.
         evidence: bounds on the residuals.
-        residual_tol: largest residual of each wanted pair, relative to its value.
     """
     # A restart must leave room for the fewest products of a check.
     least = k + extra + CHECK_STEPS[0] + 1

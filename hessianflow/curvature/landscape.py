@@ -99,11 +99,10 @@ def gradient_overlap(operator: ModelOperator, vectors: Tensor) -> Tensor:
 def _scaled(operator: ModelOperator, direction: Tensor, normalise: Normalise) -> Tensor:
     check_vector(operator, direction, "each direction")
     if normalise == "filter":
-        pieces = unflatten(direction, operator.parameters)
-        filters = [
-            _filters_scaled(d, w.detach()) for d, w in zip(pieces, operator.parameters, strict=True)
-        ]
-        direction = flatten(filters, operator.parameters, operator.dtype)
+        weights = operator.parameters
+        pieces = zip(unflatten(direction, weights), weights, strict=True)
+        filters = [_filters_scaled(piece, weight.detach()) for piece, weight in pieces]
+        direction = flatten(filters, weights, operator.dtype)
     length = float(direction.norm())
     if length == 0:
         raise HessianFlowError(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from hessianflow.checks import check_choice
@@ -20,13 +21,7 @@ _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain mod
 
 
 def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
-    """Refuse options with which the (unwrapped) model cannot be run.
-
-    Raises:
-        HessianFlowError: an option is out of range; batches are normalised by their own statistics
-            but would be cut into microbatches; or the model cannot be measured
-            (:func:`check_measurable`).
-    """
+    """Raise HessianFlowError if a model cannot be measured, or not with these options."""
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
@@ -42,15 +37,13 @@ def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: Norm
 
 
 def check_measurable(model: nn.Module) -> None:
-    """Refuse a model whose weights are in shards, have no values, or do not exist yet.
-
-    Raises:
-        HessianFlowError: the model cannot be measured; the message names the wrapper or the weight
-            and the way out.
-    """
+    """Raise HessianFlowError if weights are in shards, have no values or do not exist yet."""
     check_differentiable(model)
-    wrappers = _sharding_wrappers()
-    shards = _shard_types()
+    fsdp = "torch.distributed.fsdp"
+    wrappers = _loaded((fsdp, "FullyShardedDataParallel"), (fsdp, "FSDPModule"))
+    shards = _loaded(
+        ("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor")
+    )
     for name, module in model.named_modules():
         if isinstance(module, wrappers):
             raise HessianFlowError(
@@ -78,11 +71,7 @@ def _check_usable(
 
 
 def check_present(model: nn.Module, names: Iterable[str], parameters: Iterable[Tensor]) -> None:
-    """Refuse parameters that were frozen or replaced in the model after they were selected.
-
-    Raises:
-        HessianFlowError: there is such a parameter; the message names the first.
-    """
+    """Raise HessianFlowError if parameters were frozen or replaced since they were selected."""
     held = {id(tensor) for module in model.modules() for tensor in module._parameters.values()}
     for name, parameter in zip(names, parameters, strict=True):
         if not parameter.requires_grad:
@@ -100,20 +89,9 @@ def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
 
     Layers without running statistics do so in either mode. Only torch's layers are recognised.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    return any(norm_mode == "batch" or layer.running_mean is None for layer in layers)
-
-
-def _sharding_wrappers() -> tuple[type[Any], ...]:
-    fsdp = "torch.distributed.fsdp"
-    return _loaded((fsdp, "FullyShardedDataParallel"), (fsdp, "FSDPModule"))
-
-
-def _shard_types() -> tuple[type[Any], ...]:
-    return _loaded(
-        ("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor")
+    return any(
+        isinstance(module, _BatchNorm) and (norm_mode == "batch" or module.running_mean is None)
+        for module in model.modules()
     )
 
 

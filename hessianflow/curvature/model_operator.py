@@ -1,10 +1,9 @@
 """The common base of the Hessian, Gauss-Newton and Fisher operators of a model.
 
 The operator is that of the mean loss over all examples, L(w) = 1/N sum_n loss(f(x_n; w), y_n).
-Every piece that is forwarded is weighted by the divisor of its mean (:mod:`hessianflow.losses`):
-its number of examples or, with class weights or ignored targets, the sum of their weights. Unequal
-batches and any microbatch size therefore give the same matrix. Where the weight is a guess, the
-losses of the first pieces are compared with that of the whole.
+Every piece that is forwarded is weighted by the divisor of its mean (:mod:`hessianflow.losses`).
+Unequal batches and any microbatch size therefore give the same matrix. Where the weight is a guess,
+the losses of the first pieces are compared with that of the whole.
 
 The graph of a single batch in one pass is built once and kept for all products (`release()` frees
 it). It is rebuilt as soon as a weight, a buffer, the batch or an option of the loss has changed
@@ -31,9 +30,8 @@ from hessianflow.curvature.differences import EXAMPLES, Linearised, find_disagre
 from hessianflow.curvature.forwarded import ForwardedData
 from hessianflow.curvature.measurable import check_options, check_present, uses_batch_statistics
 from hessianflow.curvature.operator import Operator
+from hessianflow.curvature.operator_checks import ProductCheck, RepeatCheck
 from hessianflow.curvature.pieces import NO_TARGET, Kept, Piece, check_finite, counted
-from hessianflow.curvature.product_check import ProductCheck
-from hessianflow.curvature.repeats import RepeatCheck
 from hessianflow.curvature.selection import Selection, select_parameters
 from hessianflow.curvature.staleness import Snapshot
 from hessianflow.curvature.surroundings import differentiating, full_precision, without_hooks
@@ -48,21 +46,20 @@ class ModelOperator(Operator):
     """A curvature matrix of the mean loss of a model over some data.
 
     Args:
-        model: any module; wrappers (DataParallel, DistributedDataParallel, torch.compile) are
-            removed.
+        model: any module; DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         loss_fn: loss_fn(outputs, targets). Losses of any reduction (mean, sum, (sum, count), one
             for each example) are averaged over the targets that count; a sum must say so by a
             `reduction` attribute. For a dict batch it is called as loss_fn(model, batch).
         data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader
-            without random augmentation); `batches.as_batches` tells these apart. The model is
-            called as model(inputs).
+            without random augmentation), told apart as by `batches.as_batches`. The model is called
+            as model(inputs).
         params: trainable parameters to differentiate by: None for all, name patterns ("layer1",
             "*.bias"), or tensors.
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.
-        norm_mode: batch normalisation by running statistics ("eval") or by those of each batch
-            ("batch").
-        check_deterministic: run the model a second time when the first graph is kept, to see
-            whether its loss repeats.
+        norm_mode: batch normalisation by running statistics, "eval", or by the batch's own,
+            "batch".
+        check_deterministic: run the model twice for the first graph, to see whether its loss
+            repeats.
         check_product: compare one product with a difference of gradients in float64
             (differences.py), if the model runs in float64. True: the first product. None: product
             100, where the check costs less than a percent, but the first one if the graph holds
@@ -121,14 +118,6 @@ class ModelOperator(Operator):
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         """Run the model on one batch, and return its loss and the product with its matrix."""
 
-    def weighted_product(self, vector: Tensor) -> tuple[Tensor, float]:
-        """Return (W A v, W), with W the :attr:`loss_weight` of this operator's data.
-
-        Several ranks sum both over their data and divide.
-        """
-        product, weight = self._mean_product(vector)
-        return product * weight, weight
-
     def release(self) -> None:
         """Free the kept graph; the next product builds it again, whatever has changed."""
         self._kept = None
@@ -186,22 +175,18 @@ class ModelOperator(Operator):
         return total.div_(counted(whole))
 
     def _product(self, vector: Tensor) -> Tensor:
-        return self._mean_product(vector)[0]
-
-    def _mean_product(self, vector: Tensor) -> tuple[Tensor, float]:
-        """Return (A v, W), and check the product if that is due."""
         with full_precision():
-            product, weight = self._unchecked_product(usable_in_graph(vector))
+            product = self._unchecked_product(usable_in_graph(vector))
             if self._checking.is_due():
                 self._check_product()
-            return product, weight
+            return product
 
-    def _unchecked_product(self, vector: Tensor) -> tuple[Tensor, float]:
+    def _unchecked_product(self, vector: Tensor) -> Tensor:
         if not self._can_keep or not self._data.is_one_piece:
             return self._rebuilt_product(vector)
         kept = self._kept_piece(self._data.single)
         try:
-            return self._kept_product(kept, vector), kept.piece.weight
+            return self._kept_product(kept, vector)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -246,7 +231,7 @@ class ModelOperator(Operator):
         with explained(examples), aside:
             return kept.piece.product(vector)
 
-    def _rebuilt_product(self, vector: Tensor) -> tuple[Tensor, float]:
+    def _rebuilt_product(self, vector: Tensor) -> Tensor:
         total = torch.zeros_like(vector)
         whole = 0.0
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -268,7 +253,7 @@ class ModelOperator(Operator):
                 whole += piece.weight
         self._snapshot.renew()
         self._repeats.compare(self._snapshot, loss / counted(whole))
-        return total.div_(whole), whole
+        return total.div_(whole)
 
     def _measuring(self) -> AbstractContextManager[nn.Module]:
         return differentiating(self._model, self.norm_mode, self.parameters)
@@ -280,20 +265,14 @@ class ModelOperator(Operator):
         return self._average(model(batch[0]), batch[1])
 
     def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """Return the mean loss of a piece, and check that pieces average to the whole.
-
-        For a dict the arguments are the model and the batch.
-        """
+        """Return the mean loss of a piece (of a model and a dict), and check that pieces add up."""
         averaged = self._loss(outputs, targets)
         if self.is_part or not self._data.is_one_piece:
             self._check_split(outputs, targets)
         return averaged
 
     def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        """Return the mean loss of one piece, fit to be differentiated, and its weight.
-
-        A loss of weight 0 is not checked.
-        """
+        """Return the mean loss of a piece and its weight; check the loss unless the weight is 0."""
         averaged = self._averaged(model, batch)
         loss = averaged.value
         weight = float(averaged.weight)
@@ -318,17 +297,14 @@ class ModelOperator(Operator):
         return total / counted(whole)
 
     def _check_product(self) -> None:
-        holders = [
-            module for module in (self._model, self.loss_fn) if isinstance(module, nn.Module)
-        ]
+        holders = [one for one in (self._model, self.loss_fn) if isinstance(one, nn.Module)]
         with self._measuring() as model:
             whole = next(self._data.pieces())
             samples: list[Callable[[], Any]] = [lambda: whole]
             if not uses_batch_statistics(self._model, self.norm_mode):
                 samples.insert(0, lambda: next(split(whole, EXAMPLES)))
-            disagreement = find_disagreement(
-                partial(self._linearised, model), holders, self.parameters, samples
-            )
+            linearise = partial(self._linearised, model)
+            disagreement = find_disagreement(linearise, holders, self.parameters, samples)
         self._checking.conclude(disagreement, self.names)
 
     def _linearised(self, model: nn.Module, batch: Any, parameters: Sequence[Tensor]) -> Linearised:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from hessianflow.curvature.vectors import check_vector, estimating
-from hessianflow.interfaces import HessianFlowError, LinearOperator
+from hessianflow.interfaces import HessianFlowError
 
-ORTHONORMAL = 1e-3
-"""Largest entry of Q^T Q - I that is put down to rounding. Our choice."""
+ORTHONORMAL = 1e-3  # largest entry of Q^T Q - I that is put down to rounding; our choice
 
 
 class NonFiniteError(HessianFlowError):
@@ -61,53 +60,55 @@ class Operator(ABC):
         """Return `operator @ v` for a vector [size], or column by column for a matrix [size, k].
 
         Raises:
-            HessianFlowError: as for :meth:`matvec`, or (NonFiniteError) the product or the vector
-                is not finite.
+            HessianFlowError: as :meth:`matvec`, or (NonFiniteError) product or vector are not
+                finite.
         """
         if other.ndim != 2:
             return self._finite_product(other)
         if other.shape[1] == 0:
             return other.clone()
-        return torch.stack(
-            [self._finite_product(column.contiguous()) for column in other.unbind(1)], dim=1
-        )
+        products = [self._finite_product(column.contiguous()) for column in other.unbind(1)]
+        return torch.stack(products, dim=1)
 
     def _finite_product(self, vector: Tensor) -> Tensor:
         product = self.matvec(vector)
         # This waits for the device. Searches call matvec and look at the numbers that they fetch in
         # any case. One number shows most faults, but it may overflow where no entry does: it only
         # says when to look at all entries.
-        if not math.isfinite(torch.dot(product, vector).item()) and not bool(
-            torch.isfinite(product).all()
-        ):
+        looks_finite = math.isfinite(torch.dot(product, vector).item())
+        if not looks_finite and not bool(torch.isfinite(product).all()):
             if not bool(torch.isfinite(vector).all()):
-                raise NonFiniteError(
-                    "the vector is not finite (nan or inf), nor would be its product"
-                )
+                raise NonFiniteError("the vector is not finite (nan or inf), nor is its product")
             raise NonFiniteError(NON_FINITE_PRODUCT)
         return product
 
     def __add__(self, other: "Operator") -> "Operator":
-        return SumOperator(self, other)
+        _check_addable(self, other)
+        return _DerivedOperator(lambda v: self.matvec(v) + other.matvec(v), self, other)
 
     def __mul__(self, factor: float) -> "Operator":
-        return ScaledOperator(self, factor)
+        return _DerivedOperator(lambda v: self.matvec(v) * factor, self)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "Operator":
-        return ScaledOperator(self, -1.0)
+        return self * -1.0
 
     def __sub__(self, other: "Operator") -> "Operator":
-        return SumOperator(self, -other)
+        return self + -other
 
     def shifted(self, shift: float) -> "Operator":
         """Return A + shift I."""
-        return ShiftedOperator(self, shift)
+        return _DerivedOperator(lambda v: torch.add(self.matvec(v), v, alpha=shift), self)
 
     def deflated(self, vectors: Tensor) -> "Operator":
         """Return (I - Q Q^T) A (I - Q Q^T), for orthonormal columns Q of shape [size, m]."""
-        return DeflatedOperator(self, vectors)
+        _check_orthonormal(self, vectors)
+
+        def outside(vector: Tensor) -> Tensor:
+            return vector - vectors @ (vectors.T @ vector)
+
+        return _DerivedOperator(lambda v: outside(self.matvec(outside(v))), self)
 
     def dense(self) -> Tensor:
         """Return the whole matrix, shape [size, size], by `size` products: for small problems."""
@@ -135,8 +136,7 @@ class CallableOperator(Operator):
         device: device of the vectors.
 
     Raises:
-        HessianFlowError: the size is below 1 or the type is no floating-point type; at a product:
-            the function returns another shape or type.
+        HessianFlowError: `size` or `dtype` is no such; at a product: another shape or type results.
     """
 
     def __init__(
@@ -173,103 +173,61 @@ class CallableOperator(Operator):
 
 
 class _DerivedOperator(Operator):
-    """An operator built on another one, with the same vectors."""
+    """An operator whose products are made from those of others with the same vectors."""
 
-    def __init__(self, base: LinearOperator) -> None:
-        self._base = base
-        self.size = base.size
-        self.device = base.device
-        self.dtype = base.dtype
-
-    def release(self) -> None:
-        """Free what the base operator keeps."""
-        if isinstance(self._base, Operator):
-            self._base.release()
-
-
-class SumOperator(_DerivedOperator):
-    """The sum A + B of two operators."""
-
-    def __init__(self, first: Operator, second: Operator) -> None:
-        if not isinstance(second, Operator):
-            raise HessianFlowError(
-                f"only an operator can be added to an operator, got {type(second).__name__}; for A"
-                " + c I: A.shifted(c)"
-            )
-        if first.size != second.size:
-            raise HessianFlowError(
-                f"operators to be added must have one size, got {first.size} and {second.size}"
-            )
-        if (first.dtype, first.device) != (second.dtype, second.device):
-            raise HessianFlowError(
-                f"operators to be added must have vectors of one type and device, got {first.dtype}"
-                f" on {first.device} and {second.dtype} on {second.device}"
-            )
-        super().__init__(first)
-        self._other = second
-
-    def _product(self, vector: Tensor) -> Tensor:
-        return self._base.matvec(vector) + self._other.matvec(vector)
+    def __init__(self, product: Callable[[Tensor], Tensor], *bases: Operator) -> None:
+        self._function = product
+        self._bases = bases
+        self.size = bases[0].size
+        self.device = bases[0].device
+        self.dtype = bases[0].dtype
 
     def release(self) -> None:
-        """Free what both operators keep."""
-        super().release()
-        self._other.release()
-
-
-class ScaledOperator(_DerivedOperator):
-    """The multiple factor * A of an operator."""
-
-    def __init__(self, base: Operator, factor: float) -> None:
-        super().__init__(base)
-        self._factor = factor
+        """Free what the other operators keep."""
+        for base in self._bases:
+            base.release()
 
     def _product(self, vector: Tensor) -> Tensor:
-        return self._base.matvec(vector) * self._factor
+        return self._function(vector)
 
 
-class ShiftedOperator(_DerivedOperator):
-    """The shifted operator A + shift I."""
+def _check_addable(first: Operator, second: Operator) -> None:
+    if not isinstance(second, Operator):
+        raise HessianFlowError(
+            f"only an operator can be added to an operator, got {type(second).__name__}; for A"
+            " + c I: A.shifted(c)"
+        )
+    if first.size != second.size:
+        raise HessianFlowError(
+            f"operators to be added must have one size, got {first.size} and {second.size}"
+        )
+    if (first.dtype, first.device) != (second.dtype, second.device):
+        raise HessianFlowError(
+            f"operators to be added must have vectors of one type and device, got {first.dtype}"
+            f" on {first.device} and {second.dtype} on {second.device}"
+        )
 
-    def __init__(self, base: LinearOperator, shift: float) -> None:
-        super().__init__(base)
-        self._shift = shift
 
-    def _product(self, vector: Tensor) -> Tensor:
-        return torch.add(self._base.matvec(vector), vector, alpha=self._shift)
-
-
-class DeflatedOperator(_DerivedOperator):
-    """The deflated operator (I - Q Q^T) A (I - Q Q^T), symmetric and zero on span(Q)."""
-
-    def __init__(self, base: LinearOperator, vectors: Tensor) -> None:
-        if vectors.ndim != 2 or vectors.shape[0] != base.size:
-            raise HessianFlowError(
-                f"vectors must have shape [{base.size}, m], got {list(vectors.shape)}; pass"
-                " orthonormal columns"
-            )
-        if (vectors.dtype, vectors.device.type) != (base.dtype, base.device.type):
-            raise HessianFlowError(
-                f"vectors must be {base.dtype} on {base.device}, got {vectors.dtype} on"
-                f" {vectors.device}"
-            )
-        super().__init__(base)
-        self._vectors = vectors
-        error = 0.0
-        if vectors.numel():
-            with estimating(self):
-                unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-                # This waits for the device once for each operator made: columns that are not
-                # orthonormal would scale the matrix without an error.
-                error = float((vectors.T @ vectors - unit).abs().max())
-        if not error <= ORTHONORMAL:
-            raise HessianFlowError(
-                f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the"
-                " identity; pass torch.linalg.qr(vectors).Q"
-            )
-
-    def _product(self, vector: Tensor) -> Tensor:
-        return self._project(self._base.matvec(self._project(vector)))
-
-    def _project(self, vector: Tensor) -> Tensor:
-        return vector - self._vectors @ (self._vectors.T @ vector)
+def _check_orthonormal(operator: Operator, vectors: Tensor) -> None:
+    if vectors.ndim != 2 or vectors.shape[0] != operator.size:
+        raise HessianFlowError(
+            f"vectors must have shape [{operator.size}, m], got {list(vectors.shape)}; pass"
+            " orthonormal columns"
+        )
+    if (vectors.dtype, vectors.device.type) != (operator.dtype, operator.device.type):
+        raise HessianFlowError(
+            f"vectors must be {operator.dtype} on {operator.device}, got {vectors.dtype} on"
+            f" {vectors.device}"
+        )
+    error = 0.0
+    if vectors.numel():
+        with estimating(operator):
+            unit = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+            # This waits for the device once for each operator made: columns that are not
+            # orthonormal would scale the matrix without an error.
+            error = float((vectors.T @ vectors - unit).abs().max())
+    if not error <= ORTHONORMAL:
+        raise HessianFlowError(
+            f"vectors must be orthonormal columns, but Q^T Q is off by {error:.2g} from the"
+            " identity; pass torch.linalg.qr(vectors).Q"
+        )

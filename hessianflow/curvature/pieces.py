@@ -16,47 +16,26 @@ NO_TARGET = "no target counts: all are ignored or of weight 0; look at ignore_in
 
 
 class Piece(NamedTuple):
-    """One forwarded batch or microbatch.
+    """One forwarded batch or microbatch; where its weight is 0, other fields mean nothing."""
 
-    Attributes:
-        loss: the mean loss of the piece, a detached scalar.
-        weight: the divisor of that mean; where it is 0, no target counts and the other fields mean
-            nothing.
-        product: multiplies the matrix of the piece with a vector.
-        claims: returns what differences.py can check.
-        graph: facts read from the nodes of the graph.
-        missing: indices of the selected parameters that have no gradient.
-    """
-
-    loss: Tensor
-    weight: float
-    product: Callable[[Tensor], Tensor]
-    claims: Callable[[], Linearised] | None = None
+    loss: Tensor  # the mean loss, a detached scalar
+    weight: float  # the divisor of that mean
+    product: Callable[[Tensor], Tensor]  # multiplies the matrix of the piece with a vector
+    claims: Callable[[], Linearised] | None = None  # returns what differences.py can check
     graph: Graph = Graph()
-    missing: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()  # indices of the selected parameters that have no gradient
 
 
 class Kept(NamedTuple):
-    """A graph that serves all products.
-
-    Attributes:
-        piece: the results of the forward pass that built it.
-        snapshot: the weights, batch and options that it was built from.
-        recomputes: whether products run code of the model, and so need the modes and hooks under
-            which the graph was built.
-    """
+    """A graph that serves all products."""
 
     piece: Piece
-    snapshot: Snapshot
-    recomputes: bool
+    snapshot: Snapshot  # the weights, batch and options that it was built from
+    recomputes: bool  # whether products run the model, and so need its modes and hooks of then
 
 
 def check_finite(loss: Tensor) -> None:
-    """Refuse a loss that is not finite.
-
-    Raises:
-        NonFiniteError: the loss is nan or infinite.
-    """
+    """Raise NonFiniteError if a loss is nan or infinite."""
     # One synchronisation per graph, so that no time is spent on products that are nan.
     if not bool(torch.isfinite(loss.detach()).all()):
         raise NonFiniteError(
@@ -65,11 +44,7 @@ def check_finite(loss: Tensor) -> None:
 
 
 def counted(weight: float) -> float:
-    """Return the weight, and refuse a weight of 0.
-
-    Raises:
-        HessianFlowError: the weight is 0.
-    """
+    """Return the weight; raise HessianFlowError if it is 0."""
     if weight == 0:
         raise HessianFlowError(NO_TARGET)
     return weight

@@ -4,16 +4,13 @@
 v <- A v / ||A v||, theta = v^T A v; pairs found earlier are projected out of operator and vectors.
 
 Deviations: the stopping rule is the residual ||A v - theta v|| <= tol |theta| instead of the change
-of theta, which bounds no error (on a small MLP the error was 12 times the tolerance).
-`stopping="change"` is the rule of the ABSA code; the result still says `converged` only if the
-residual allows it. The newest value is reported, with no epsilon in the norm. The largest and
-smallest algebraic eigenvalues come from a shift by the largest magnitude; values and residuals are
-those of the operator itself.
+of theta, which bounds no error (on a small MLP the error was 12 times the tolerance). The newest
+value is reported, with no epsilon in the norm. The largest and smallest algebraic eigenvalues come
+from a shift by the largest magnitude; values and residuals are those of the operator itself.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +19,6 @@ from hessianflow.curvature.operator import NON_FINITE_PRODUCT, NonFiniteError
 from hessianflow.curvature.results import EigenResult, Which
 from hessianflow.curvature.vectors import norm
 from hessianflow.interfaces import LinearOperator
-
-Stopping = Literal["residual", "change"]
 
 
 def power_iteration(
@@ -34,24 +29,18 @@ def power_iteration(
     tol: float,
     max_matvecs: int,
     start: Tensor,
-    stopping: Stopping = "residual",
 ) -> EigenResult:
-    """Return the k most wanted eigenpairs.
+    """Return the k most wanted eigenpairs, from one start vector for each, shape [size, k].
 
     :func:`~hessianflow.curvature.eigenpairs.top_eigenpairs` describes the other arguments.
-
-    Args:
-        start: one start vector for each pair, shape [size, k].
-        stopping: "residual", or "change": |theta_new - theta_old| < tol |theta_old| (ABSA).
     """
     shift = 0.0
     spent = 0
     if which != "LM" and max_matvecs > 1:
         # Shifted by its spectral radius, the operator is definite and its largest magnitude is the
         # wanted end.
-        radius = _iterate(
-            operator, start[:, 0], start[:, :0], 0.0, 0.1, max(1, max_matvecs // 4), "residual"
-        )
+        budget = max(1, max_matvecs // 4)
+        radius = _iterate(operator, start[:, 0], start[:, :0], 0.0, 0.1, budget)
         shift = 1.1 * abs(radius.value)
         if which == "SA":
             shift = -shift
@@ -61,11 +50,21 @@ def power_iteration(
     for column in start.unbind(1)[:k]:
         if spent >= max_matvecs:
             break
-        pair = _iterate(operator, column, vectors, shift, tol, max_matvecs - spent, stopping)
+        pair = _iterate(operator, column, vectors, shift, tol, max_matvecs - spent)
         spent += pair.matvecs
         pairs.append(pair)
         vectors = torch.cat([vectors, pair.vector[:, None]], dim=1)
-    return _joined(pairs, vectors, spent, k)
+    values = vectors.new_tensor([pair.value for pair in pairs])
+    residuals = vectors.new_tensor([pair.residual for pair in pairs])
+    return EigenResult(
+        values=values,
+        vectors=vectors,
+        residuals=residuals,
+        error_bounds=residuals,
+        matvecs=spent,
+        converged=len(pairs) == k and all(pair.accurate for pair in pairs),
+        history=pairs[0].history,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ def _iterate(
     shift: float,
     tol: float,
     budget: int,
-    stopping: Stopping,
 ) -> _Pair:
     """Return the leading pair of the shifted operator without the `known` columns."""
     following = start
@@ -104,24 +102,7 @@ def _iterate(
         if not math.isfinite(residual):
             raise NonFiniteError(NON_FINITE_PRODUCT)
         accurate = deflated <= tol * abs(value)
-        may_stop = accurate
-        if stopping == "change":
-            may_stop = bool(history) and abs(value - history[-1]) < tol * abs(history[-1])
         history.append(value)
-        if may_stop or deflated == 0 or len(history) >= budget:
+        if accurate or deflated == 0 or len(history) >= budget:
             return _Pair(value, unit, residual, len(history), accurate, tuple(history))
         following = product + shift * unit
-
-
-def _joined(pairs: list[_Pair], vectors: Tensor, matvecs: int, k: int) -> EigenResult:
-    values = vectors.new_tensor([pair.value for pair in pairs])
-    residuals = vectors.new_tensor([pair.residual for pair in pairs])
-    return EigenResult(
-        values=values,
-        vectors=vectors,
-        residuals=residuals,
-        error_bounds=residuals,
-        matvecs=matvecs,
-        converged=len(pairs) == k and all(pair.accurate for pair in pairs),
-        history=pairs[0].history,
-    )

@@ -20,8 +20,7 @@ class EigenResult:
     Attributes:
         values: Rayleigh quotients of the operator itself, shape [k].
         vectors: orthonormal columns, shape [size, k].
-        residuals: ||A v_i - values_i v_i||_2, shape [k]. Each value lies within its residual of a
-            true eigenvalue.
+        residuals: ||A v_i - values_i v_i||_2, [k]; a true eigenvalue lies within it of each value.
         error_bounds: largest distance of each value from a true eigenvalue, shape [k]. Without
             convergence this is the residual r_i, by a theorem. With convergence it is the larger of
             tol |values_i| and r_i^2 / gap_i, if that is below r_i: an estimate, because gap_i is
@@ -35,8 +34,7 @@ class EigenResult:
             hidden (lanczos.py). A value below 2 machine epsilons of the largest magnitude is zero
             as far as products can tell, and counts as accurate.
         history: the leading value after each product.
-        direction: the residual of the leading pair, shape [size], along which the search would have
-            gone on; Lanczos only.
+        direction: residual of the leading pair, [size], along which Lanczos would have gone on.
     """
 
     values: Tensor

@@ -35,15 +35,8 @@ class RitzSpace:
     """The basis, its products, and the Ritz pairs of the operator on it.
 
     All numbers are in units of a power of two near the first product, so that squares neither
-    vanish nor overflow.
-
-    Args:
-        operator: any symmetric operator.
-        which: the wanted end of the spectrum.
-        k: number of wanted pairs.
-        keep: number of pairs that a restart keeps and `result` returns, at least k.
-        capacity: most vectors in the basis.
-        demand: the accuracy that is asked of the wanted pairs.
+    vanish nor overflow. The `k` pairs at the end `which` are wanted with the accuracy `demand`; a
+    restart keeps, and `result` returns, `keep` >= k. The basis holds at most `capacity` vectors.
     """
 
     def __init__(
@@ -129,9 +122,8 @@ class RitzSpace:
         self._coordinates = coordinates[:, indices]
         # ||W s - theta V s||^2 = s^T (W^T W) s - theta^2. The difference cancels, so it is too
         # rough to accept a pair by, but it needs no vector of full length.
-        squares = (
-            (self._gram[: self.size, : self.size] @ self._coordinates) * self._coordinates
-        ).sum(axis=0)
+        gram = self._gram[: self.size, : self.size]
+        squares = ((gram @ self._coordinates) * self._coordinates).sum(axis=0)
         self._rough = np.sqrt(np.maximum(squares - self.values**2, 0))
         self._is_measured = False
 
@@ -216,8 +208,7 @@ class RitzSpace:
     def result(self, *, converged: bool) -> EigenResult:
         """Return the pairs to keep; `converged` refers to the k wanted ones.
 
-        Raises:
-            HessianFlowError: the search has not converged, and the operator is not symmetric.
+        Without convergence, HessianFlowError says if the operator is not symmetric.
         """
         self._measure()
         if not converged:
@@ -336,12 +327,10 @@ class RitzSpace:
 
     def _residuals_of(self, columns: list[int]) -> Tensor:
         coordinates = self._coordinates[:, columns]
-        residuals = self._products.combine(self._on_device(coordinates).T)
-        return residuals.sub_(
-            self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
-        )
+        products = self._products.combine(self._on_device(coordinates).T)
+        scaled = self._basis.combine(self._on_device(coordinates * self.values[columns]).T)
+        return products.sub_(scaled)
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(
-            self._operator.device, self._operator.dtype
-        )
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._operator.device, self._operator.dtype)

@@ -2,12 +2,10 @@
 
 Reference: Yao, Gholami, Keutzer, Mahoney, PyHessian: Neural networks through the lens of the
 Hessian, 2020; package pyhessian 0.1. PyHessian leaves a model in evaluation mode, clears `.grad`
-and holds graphs in it, so it works on a copy here; its random numbers come from a forked state of
-the global generator.
+and holds graphs in it, so it works on a copy here, with a forked random state.
 
-Failures of PyHessian are reported, not raised: its released `density()` calls `torch.eig`, which
-current PyTorch no longer has. The density is then our quadrature of its products, and a note says
-so.
+Its failures are reported, not raised: its released `density()` calls `torch.eig`, which current
+PyTorch no longer has. The density is then our quadrature of its products, and a note says so.
 """
 
 import copy
@@ -45,8 +43,8 @@ class Comparison:
         ours: our value; for the density its mean.
         ours_error: residual or standard error of our value.
         theirs: PyHessian's value; None where it failed.
-        difference: |ours - theirs| / max(|ours|, |theirs|); for the density the Wasserstein
-            distance; None where PyHessian failed.
+        difference: |ours - theirs| / max(|ours|, |theirs|), None where PyHessian failed; for the
+            density the Wasserstein distance.
     """
 
     quantity: str
@@ -79,22 +77,19 @@ class SecondOpinion:
 
         All differences are relative to the larger value; a note gives the distance of densities.
         """
-        lines = [
-            f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"
+        text = [f"{'quantity':<22}{'hessianflow':>14}{'+-':>11}{'PyHessian':>14}{'difference':>12}"]
+        text += map(_line, self.rows)
+        notes = [
+            f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein"
+            " distance, in units of the eigenvalues)"
+            for row in self.rows
+            if row.quantity.startswith("density") and row.difference is not None
         ]
-        notes = []
-        for row in self.rows:
-            lines.append(_line(row))
-            if row.quantity.startswith("density") and row.difference is not None:
-                notes.append(
-                    f"the densities, of one probe each, lie {row.difference:.2e} apart (Wasserstein"
-                    " distance, in units of the eigenvalues)"
-                )
-        lines.append(
+        text.append(
             "+-: residual of an eigenvalue, standard error of the trace; difference: relative to"
             " the larger value"
         )
-        return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *self.notes))])
+        return "\n".join([*text, *(f"note: {note}" for note in (*notes, *self.notes))])
 
 
 def second_opinion(
@@ -202,12 +197,9 @@ def _density(
     peer: Any, operator: HessianOperator, steps: int, seed: int, notes: list[str]
 ) -> tuple[Tensor, Tensor, str]:
     try:
-        nodes, weights = peer.density(iter=steps, n_v=1)
-        return (
-            torch.tensor(nodes[0]).real.double(),
-            torch.tensor(weights[0]).real.double(),
-            "density mean",
-        )
+        measured = peer.density(iter=steps, n_v=1)
+        nodes, weights = (torch.tensor(of_probes[0]).real.double() for of_probes in measured)
+        return nodes, weights, "density mean"
     except (RuntimeError, AttributeError) as error:
         notes.append(
             f"PyHessian density() failed ({_first_line(error)}); * is our quadrature of its"
@@ -217,9 +209,8 @@ def _density(
 
     def product(vector: Tensor) -> Tensor:
         pieces = unflatten(vector, peer.params)
-        return flatten(
-            hessian_vector_product(peer.gradsH, peer.params, pieces), peer.params, operator.dtype
-        )
+        image = hessian_vector_product(peer.gradsH, peer.params, pieces)
+        return flatten(image, peer.params, operator.dtype)
 
     theirs = CallableOperator(product, operator.size, operator.dtype, operator.device)
     # The seed differs from ours: the same start would hide the error that is due to chance.
@@ -236,9 +227,8 @@ def _density_row(ours: SpectralDensity, theirs: tuple[Tensor, Tensor, str] | Non
     distance = wasserstein_distance(
         ours.nodes[0].numpy(), nodes.numpy(), ours.weights[0].numpy(), weights.numpy()
     )
-    return Comparison(
-        name, ours.moment(1), float("nan"), float((nodes * weights).sum()), float(distance)
-    )
+    mean = float((nodes * weights).sum())
+    return Comparison(name, ours.moment(1), math.nan, mean, float(distance))
 
 
 def _row(quantity: str, ours: float, error: float, theirs: float | None) -> Comparison:

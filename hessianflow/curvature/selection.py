@@ -16,11 +16,7 @@ themselves."""
 
 
 def listed(params: Selection) -> Sequence[str | Tensor] | None:
-    """Return the selection as a list, which can be read more than once.
-
-    Raises:
-        HessianFlowError: an entry is neither a name pattern nor a tensor.
-    """
+    """Return the selection as a list; raise HessianFlowError unless it holds names or tensors."""
     if params is None:
         return None
     entries: list[Any] = [params]
@@ -42,11 +38,8 @@ def select_parameters(
     """Return names and tensors of the selected trainable parameters, each tied tensor once.
 
     A pattern matches a parameter's name or that of a module that holds it. Frozen parameters are
-    constants.
-
-    Raises:
-        HessianFlowError: no trainable parameter is selected, an entry matches no parameter, or the
-            parameters are complex or on several devices.
+    constants. Raise HessianFlowError if none is selected, if an entry matches none, or if they are
+    complex or on several devices.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     entries = listed(params)
@@ -62,9 +55,7 @@ def select_parameters(
         raise HessianFlowError(_nothing_chosen(named, model, params))
     names, tensors = zip(*chosen.values(), strict=True)
     if any(tensor.is_complex() for tensor in tensors):
-        raise HessianFlowError(
-            "parameters must be real, got a complex one; hold it as view_as_real"
-        )
+        raise HessianFlowError("parameters must be real, got a complex one; use view_as_real")
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise HessianFlowError(
@@ -76,22 +67,19 @@ def select_parameters(
 def _is_selected(name: str, parameter: Tensor, entries: Sequence[str | Tensor] | None) -> bool:
     if entries is None:
         return True
-    return any(
-        parameter is entry or (isinstance(entry, str) and _matches(name, entry))
-        for entry in entries
-    )
+    return any(parameter is one or (isinstance(one, str) and matches(name, one)) for one in entries)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern matches a name, or that of a module that holds what is named."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, params: Any) -> str:
     names = [name for name, parameter in named if parameter.requires_grad]
     if not names:
-        return (
-            f"{type(model).__name__} has no trainable parameter; set requires_grad_(True) on some"
-        )
+        kind = type(model).__name__
+        return f"{kind} has no trainable parameter; set requires_grad_(True) on some"
     shown = "the selection"
     if isinstance(params, str):
         shown = repr(params)
@@ -101,13 +89,10 @@ def _nothing_chosen(named: Sequence[tuple[str, Tensor]], model: nn.Module, param
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """Return the data as a re-iterable of batches.
+    """Return the data as a re-iterable of batches, told from a batch as by `as_batches`.
 
-    :func:`hessianflow.batches.as_batches` tells a batch from a data set.
-
-    Raises:
-        HessianFlowError: the data are an iterator, which can be read only once, cannot be iterated,
-            or are single examples.
+    Raise HessianFlowError for an iterator, which can be read only once, what cannot be iterated,
+    and single examples.
     """
     batches = as_batches(data)
     if isinstance(data, Iterator):
@@ -130,11 +115,7 @@ def single_batch(batches: Iterable[Any]) -> Any | None:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches one by one, and refuse one that is neither a pair nor a mapping.
-
-    Raises:
-        HessianFlowError: there is such a batch, or none at all.
-    """
+    """Yield the batches; raise HessianFlowError for none, or one neither a pair nor a mapping."""
     empty = True
     for batch in batches:
         is_sequence = isinstance(batch, (list, tuple))

@@ -32,8 +32,7 @@ NEAREST = 1e-8
 """Least distance, relative to the largest magnitude, between the added node and the others: a
 smaller one would lead to numbers too large for an accurate rule."""
 
-DEVIATIONS = 2.0
-"""Standard errors on either side: 95 % where shares are roughly normal."""
+DEVIATIONS = 2.0  # standard errors on either side: 95 % where shares are roughly normal
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,8 @@ class SignShares:
 def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, float]:
     """Return the least spectral measure of one start below `first`, and the most up to `last`.
 
-    Args:
-        recurrence: diagonal and off-diagonal of the tridiagonal matrix of Lanczos, shape [2,
-            steps]. The last off-diagonal entry leads out of it; it is 0 after a breakdown.
-        first: a value.
-        last: the same value, or a larger one.
+    `recurrence` holds the diagonal and off-diagonal of the tridiagonal matrix of Lanczos, [2,
+    steps]. The last off-diagonal entry leads out of it; it is 0 after a breakdown.
     """
     _, weights, index = with_node(recurrence, first, -1)
     least = float(weights[:index].sum())
@@ -90,13 +86,8 @@ def mass_limits(recurrence: Tensor, first: float, last: float) -> tuple[float, f
 def with_node(recurrence: Tensor, value: float, side: int) -> tuple[Tensor, Tensor, int]:
     """Return nodes and weights of the rule with one more node at a value, and that node's index.
 
-    After a breakdown all nodes are eigenvalues, and no node is added: the index is where it would
-    be.
-
-    Args:
-        recurrence: see :func:`mass_limits`.
-        value: value of the node, which is moved a little if there is a node already.
-        side: direction of that move: down (-1) or up (1).
+    If there is a node already, the value is moved a little: down for `side` -1, up for 1. After a
+    breakdown all nodes are eigenvalues, and no node is added: the index is where it would be.
     """
     diagonal, beside = recurrence
     nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside[:-1]))

@@ -1,7 +1,7 @@
 """Smoothed values of the good readings of a probe."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from hessianflow.checks import check_choice, check_count
@@ -10,14 +10,9 @@ Smoothing = Literal["none", "median", "ema"]
 
 
 class SmoothedValue:
-    """The median of the last values, or an exponential moving average of all of them.
+    """The median of the last `window` values, or an exponential moving average of all of them.
 
-    Args:
-        kind: "none", "median" or "ema".
-        window: values in the median; in the average each has weight 2 / (window + 1).
-
-    Raises:
-        HessianFlowError: an argument is out of range.
+    In the average each value has weight 2 / (window + 1).
     """
 
     def __init__(self, kind: Smoothing, window: int) -> None:
@@ -49,12 +44,6 @@ class SmoothedValue:
         return {"recent": list(self._recent), "average": self._average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; an earlier one without an average gets that of its values."""
-        self._recent = []
-        self._average = None
-        recent: Iterable[float] = state["recent"]
-        for value in recent:
-            self.add(value)
-        self._recent = list(recent)
-        if "average" in state:
-            self._average = state["average"]
+        """Continue where the state was taken."""
+        self._recent = list(state["recent"])
+        self._average = state["average"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import gradient_overlap
 from hessianflow.curvature.operator import CallableOperator
 from hessianflow.curvature.results import EigenResult, TraceResult
+from hessianflow.curvature.selection import matches
 from hessianflow.curvature.trace import trace as estimate_trace
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import unwrap
@@ -36,11 +36,8 @@ class LayerSpectrum:
     Attributes:
         name: name of the module.
         size: number of its weights.
-        eigenvalue: leading eigenvalue of its diagonal block.
-        residual: residual of that eigenvalue.
-        converged: whether the eigenvalue met the tolerance.
-        trace: trace of the block.
-        trace_stderr: standard error of the trace.
+        eigenvalue, residual, converged: leading eigenvalue of its diagonal block.
+        trace, trace_stderr: trace of the block and its standard error.
     """
 
     name: str
@@ -63,8 +60,7 @@ class SpectrumReport:
         loss: the mean loss.
         eigen: the leading eigenpairs.
         gradient_overlap: share of the squared gradient along each eigenvector, shape [k].
-        trace: the trace; None if not asked for.
-        density: the spectral density; None if not asked for.
+        trace, density: the trace and the spectral density; None if not asked for.
         layers: one entry for each module that matched.
         matvecs: products with the matrix of all parameters.
     """
@@ -122,22 +118,16 @@ def spectrum_report(
 ) -> SpectrumReport:
     """Measure leading eigenvalues, and on request trace, density and single layers.
 
-    The model is left unchanged.
+    The model is left unchanged. Arguments that are not named here are those of HessianOperator.
 
     Args:
-        model: the model.
-        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for dict batches.
-        data: one pair or a re-iterable of pairs.
         k: number of leading eigenpairs (largest magnitude), at most the number of weights.
         density: also measure a spectral density (3 probes of 40 steps) with the shares by sign.
         trace: also measure the trace (60 products).
         layers: pattern of module names ("layer1.*", "*"): also measure the leading eigenvalue and
             trace of each matching module with weights of its own.
         tol: allowed relative error of the eigenvalues.
-        microbatch_size: examples per pass; None keeps one graph when the data are a single pair.
-        norm_mode: batch-normalisation statistics.
         seed: seed of all random starts.
-        check_product: compare one product with a difference of gradients; see HessianOperator.
         progress: called after every product.
 
     Raises:
@@ -197,20 +187,13 @@ def _reporting(
 
 
 def _matching_modules(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Return the modules with trainable weights of their own that match by name.
-
-    A pattern that matches a module also matches the modules inside it.
-    """
+    """Return the modules with trainable weights of their own whose names match a pattern."""
     owners = [
         (name, module)
         for name, module in unwrap(model).named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-    matching = [
-        pair
-        for pair in owners
-        if fnmatchcase(pair[0], pattern) or fnmatchcase(pair[0], f"{pattern}.*")
-    ]
+    matching = [(name, module) for name, module in owners if matches(name, pattern)]
     if not matching:
         names = ", ".join(name for name, _ in owners[:3])
         raise HessianFlowError(
@@ -228,26 +211,23 @@ def _layers(
 ) -> Iterator[LayerSpectrum]:
     for name, module in modules:
         block = operator_of(params=list(module.parameters(recurse=False)), check_product=False)
-        yield _layer(name, _reporting(block, name, progress), tol, seed)
+        reporting = _reporting(block, name, progress)
+        leading = top_eigenpairs(reporting, 1, tol=tol, seed=seed)
+        products = LAYER_TRACE_MATVECS
+        # For few rows the exact trace costs little more, and an estimate would not know its error.
+        if block.size <= 2 * products:
+            products = max(products, block.size)
+        traced = estimate_trace(reporting, num_matvecs=products, seed=seed)
         block.release()
-
-
-def _layer(name: str, operator: CallableOperator, tol: float, seed: int) -> LayerSpectrum:
-    leading = top_eigenpairs(operator, 1, tol=tol, seed=seed)
-    products = LAYER_TRACE_MATVECS
-    # For few rows the exact trace costs little more, and an estimate would not know its error.
-    if operator.size <= 2 * products:
-        products = max(products, operator.size)
-    traced = estimate_trace(operator, num_matvecs=products, seed=seed)
-    return LayerSpectrum(
-        name=name,
-        size=operator.size,
-        eigenvalue=float(leading.values[0]),
-        residual=float(leading.residuals[0]),
-        converged=leading.converged,
-        trace=traced.value,
-        trace_stderr=traced.stderr,
-    )
+        yield LayerSpectrum(
+            name=name,
+            size=block.size,
+            eigenvalue=float(leading.values[0]),
+            residual=float(leading.residuals[0]),
+            converged=leading.converged,
+            trace=traced.value,
+            trace_stderr=traced.stderr,
+        )
 
 
 def _density_dict(density: SpectralDensity) -> dict[str, Any]:
@@ -257,9 +237,7 @@ def _density_dict(density: SpectralDensity) -> dict[str, Any]:
         "nodes": density.nodes.tolist(),
         "weights": density.weights.tolist(),
         "shares": {
-            "negative": asdict(shares.negative),
-            "zero": asdict(shares.zero),
-            "positive": asdict(shares.positive),
+            sign: asdict(getattr(shares, sign)) for sign in ("negative", "zero", "positive")
         },
         "zero_zone": list(shares.zone),
         "negative_mass": negative.value,

@@ -56,9 +56,8 @@ class Snapshot:
         self._structure = _Structure(model, loss_fn)
         self._of_batch = tensors_in(batch)
         # A tuple of tensors keeps its tensors; lists and dicts may be given others.
-        self._may_be_refilled = not (
-            type(batch) is tuple and all(isinstance(entry, Tensor) for entry in batch)
-        )
+        is_fixed = type(batch) is tuple and all(isinstance(entry, Tensor) for entry in batch)
+        self._may_be_refilled = not is_fixed
         self._tensors = [*self._structure.tensors(), *self._of_batch]
         self._addresses = _addresses(self._tensors)
         self._contents = _Contents(self._tensors)
@@ -83,11 +82,10 @@ class Snapshot:
         self._addresses = _addresses(self._tensors)
 
     def has_values_of(self, other: "Snapshot") -> bool:
-        """Return whether another snapshot shows equal values and layouts in the same modules.
-
-        The addresses of the tensors do not matter.
+        """Return whether another snapshot shows the same modules, and equal values in equal
+        layouts.
         """
-        layouts = [address[-1] for address in self._addresses]
+        layouts = [address[-1] for address in self._addresses]  # wherever the tensors lie
         return (
             layouts == [address[-1] for address in other._addresses]
             and self._structure.equals(other._structure)
@@ -105,9 +103,7 @@ class _Structure:
         named = [vars(module) for module in modules]
         if isinstance(loss_fn, partial):
             named.append(loss_fn.keywords)
-        self._tables = [
-            held[name] for held in named for name in _TABLES if held.get(name) is not None
-        ]
+        self._tables = [held[key] for held in named for key in _TABLES if held.get(key) is not None]
         self._entries = [entry for table in self._tables for entry in table.values()]
         plain = [
             (held, key, value)
@@ -125,9 +121,8 @@ class _Structure:
 
     def is_unchanged(self) -> bool:
         """Return whether nothing was replaced, added or removed, whatever values tensors have."""
-        if not _are_same(
-            [entry for table in self._tables for entry in table.values()], self._entries
-        ):
+        entries = [entry for table in self._tables for entry in table.values()]
+        if not _are_same(entries, self._entries):
             return False
         now = [held.get(key) for held, key in self._keys]
         return _are_same(now, self._values) or all(map(_is_same, now, self._values))
@@ -179,9 +174,7 @@ class _Contents:
     def numbers(self) -> list[float | int]:
         """Return a few numbers that differ whenever the values do."""
         with np.errstate(over="ignore", invalid="ignore"):
-            numbers: list[float | int] = [
-                array.dot(weights).item() for array, weights in self._arrays
-            ]
+            numbers: list[float | int] = [row.dot(weights).item() for row, weights in self._arrays]
         for index, number in enumerate(numbers):
             if not math.isfinite(number):  # one such value would hide all others
                 array = torch.from_numpy(self._arrays[index][0])

@@ -10,10 +10,12 @@ hooks belong to the training step (clipping, rates of layers) and would change t
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessianflow.curvature.double_backward import CheapDoubleBackward, has_replacements
@@ -26,11 +28,7 @@ from hessianflow.normalisation.folded import folded_normalisation
 def differentiating(
     model: nn.Module, norm_mode: NormMode, parameters: Iterable[Tensor]
 ) -> Iterator[nn.Module]:
-    """Measure a model with cheap second-order kernels, with all other parameters held constant.
-
-    Yields:
-        The model to call.
-    """
+    """Yield a model to measure, with cheap second-order kernels, other parameters held constant."""
     selected = {id(p) for p in parameters}
     with measuring(model, norm_mode) as inner:
         for parameter in inner.parameters():
@@ -50,7 +48,8 @@ def second_order(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         stack.enter_context(without_hooks(_hooks_of(modules)))
-        stack.enter_context(_slow_path())
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # Fused recurrent kernels have no second derivative. Other models keep cuDNN, without
@@ -66,30 +65,14 @@ def second_order(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Suspend autocast, which would round products, and inference mode, which forbids graphs."""
-    if not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    ):
+    is_rounded = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if not (is_rounded or torch.is_inference_mode_enabled()):
         # Entering the contexts without need would cost a small net a tenth of each product.
         yield
         return
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
+    autocast = partial(torch.autocast, enabled=False)
+    with torch.inference_mode(False), autocast("cpu"), autocast("cuda"):
         yield
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 Hooks = dict[int, Callable[..., Any]]
@@ -97,12 +80,9 @@ Hooks = dict[int, Callable[..., Any]]
 
 @contextmanager
 def without_hooks(held: Iterable[Hooks | None]) -> Iterator[None]:
-    """Empty some tables of hooks, and put the hooks back in their order afterwards.
+    """Empty some tables of hooks of tensors or modules (or None), and put the hooks back in order.
 
     The tables stay the same objects, so handles still remove their hooks.
-
-    Args:
-        held: the tables in which tensors or modules keep their hooks; None for one without hooks.
     """
     emptied = [(table, dict(table)) for table in held if table]
     for table, _ in emptied:
@@ -120,9 +100,5 @@ def _hooks_of(modules: Iterable[nn.Module]) -> list[Hooks | None]:
     """Return the tables of backward hooks of some modules and of their parameters."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     tables: list[Hooks | None] = [module.__dict__.get(kind) for module in modules for kind in kinds]
-    return tables + [
-        p._backward_hooks
-        for module in modules
-        for p in module._parameters.values()
-        if p is not None
-    ]
+    parameters = (p for module in modules for p in module._parameters.values() if p is not None)
+    return tables + [parameter._backward_hooks for parameter in parameters]

@@ -71,8 +71,8 @@ def trace(
             there is no standard error. "krylov" spends one for each row if there are fewer rows,
             and the trace is exact.
         method: "krylov" (default) takes leading directions from a Krylov basis first, "hutchpp"
-            from a sketch, "hutchinson" averages plain probes. The first two become the third where
-            they find no outliers.
+            from a sketch, "hutchinson" averages plain probes, as do the others where they find no
+            outliers.
         seed: seed of the probes; None draws fresh entropy.
 
     Returns:
@@ -84,8 +84,7 @@ def trace(
         one: 78 to 89 %); spend a product for each row there.
 
     Raises:
-        HessianFlowError: there are too few products, the method is unknown, or a product is not
-            finite.
+        HessianFlowError: too few products, an unknown method, or a product that is not finite.
     """
     check_choice("method", method, get_args(TraceMethod))
     least = 6
@@ -107,10 +106,9 @@ def trace(
 def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator) -> TraceResult:
     if operator.size <= num_matvecs:
         rows = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
-        return TraceResult(
-            _finite(_product(operator, rows).diagonal().double().sum()), 0.0, operator.size
-        )
-    starts, images = _sketched(operator, num_matvecs // 3, source)
+        total = _product(operator, rows).diagonal().double().sum()
+        return TraceResult(_finite(total), 0.0, operator.size)
+    starts, images = _sketch(operator, num_matvecs // 3, source)
     if _missed_energy(images) >= MISSED_OUTLIERS:
         more = _samples(operator, num_matvecs - starts.shape[1], source)
         return _averaged(torch.cat([(starts * images).sum(dim=0), more]), 0.0, num_matvecs)
@@ -127,13 +125,8 @@ def _krylov(operator: LinearOperator, num_matvecs: int, source: torch.Generator)
     return _averaged(_samples(operator, num_matvecs - spent, source, basis), captured, num_matvecs)
 
 
-def _sketched(
-    operator: LinearOperator, most: int, source: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return probes and their products, both [size, j], for the first j that show outliers.
-
-    At least 2 and at most `most` are drawn.
-    """
+def _sketch(operator: LinearOperator, most: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the first probes [size, j] that show outliers, 2 to `most`, and their products."""
     starts = rademacher(operator, source, 0)
     images = starts.clone()
     while starts.shape[1] < most:
@@ -188,16 +181,12 @@ def _hutchpp(operator: LinearOperator, num_matvecs: int, source: torch.Generator
         return _averaged(torch.cat([(probes * sketch).sum(dim=0), more]), 0.0, num_matvecs)
     basis, _ = torch.linalg.qr(sketch)
     captured = float((basis * _product(operator, basis)).sum())
-    return _averaged(
-        _samples(operator, num_matvecs - 2 * width, source, basis), captured, num_matvecs
-    )
+    samples = _samples(operator, num_matvecs - 2 * width, source, basis)
+    return _averaged(samples, captured, num_matvecs)
 
 
 def _missed_energy(sketch: Tensor) -> float:
-    """Return the share of the columns' energy ||A s||^2 that lies outside the span of the others.
-
-    The columns are held out in up to 8 groups in turn.
-    """
+    """Return the share of ||A s||^2 outside the span of others, holding out up to 8 groups."""
     largest = _finite(sketch.abs().max())
     if largest == 0:
         return 0.0
@@ -249,9 +238,8 @@ def frobenius_norm(
     _check_probes(num_matvecs)
     source = generator(seed, operator.device)
     with estimating(operator):
-        samples = [
-            operator.matvec(rademacher(operator, source)).square().sum() for _ in range(num_matvecs)
-        ]
+        probes = (rademacher(operator, source) for _ in range(num_matvecs))
+        samples = [operator.matvec(probe).square().sum() for probe in probes]
     squared = _averaged(torch.stack(samples), 0.0, num_matvecs)
     value = squared.value**0.5
     stderr = 0.0
@@ -269,9 +257,8 @@ def _check_probes(num_matvecs: int) -> None:
 
 def _product(operator: LinearOperator, columns: Tensor) -> Tensor:
     # One column at a time: memory does not grow with the number of probes.
-    return torch.stack(
-        [operator.matvec(column.contiguous()) for column in columns.unbind(1)], dim=1
-    )
+    products = [operator.matvec(column.contiguous()) for column in columns.unbind(1)]
+    return torch.stack(products, dim=1)
 
 
 def _samples(
@@ -302,6 +289,5 @@ def _averaged(samples: Tensor, offset: float, matvecs: int) -> TraceResult:
     # Two standard errors cover 95.4 %, as for a normal variable, also where samples are few.
     widening = float(stdtrit(len(values) - 1, ndtr(2.0))) / 2
     stderr = widening * float(values.std() / len(values) ** 0.5)
-    return TraceResult(
-        offset + float(values.mean()), stderr, matvecs, tuple((offset + values).tolist())
-    )
+    estimates = tuple((offset + values).tolist())
+    return TraceResult(offset + float(values.mean()), stderr, matvecs, estimates)

@@ -114,11 +114,7 @@ def vector_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
 
 
 def check_vector(operator: LinearOperator, vector: Tensor, name: str = "vector") -> None:
-    """Refuse a vector that does not fit the operator.
-
-    Raises:
-        HessianFlowError: the shape, type or device is another than the operator's.
-    """
+    """Raise HessianFlowError if a vector has another shape, type or device than the operator."""
     if vector.shape != (operator.size,):
         raise HessianFlowError(
             f"{name} must have shape [{operator.size}], got {list(vector.shape)}; pass it flat"

@@ -18,8 +18,7 @@ from torch import Tensor
 from hessianflow.curvature.results import EigenResult
 from hessianflow.curvature.vectors import normalised
 
-SPARE_VECTORS = 2
-"""Ritz vectors remembered beyond the k tracked ones. Our choice."""
+SPARE_VECTORS = 2  # Ritz vectors remembered beyond the k tracked ones; our choice
 
 RUNNER_UP_WEIGHT = 0.5
 """Weight of the other Ritz vectors in a warm start, each times the ratio of its value to the
@@ -37,11 +36,9 @@ def by_value(nearness: Tensor) -> Tensor:
 
 
 def remembered(result: EigenResult, weigh: Callable[[Tensor], Tensor] = by_value) -> Tensor:
-    """Return the start vector [size] that sums up a search.
+    """Return the start vector [size] that sums up a search by Lanczos.
 
-    Args:
-        result: the result of Lanczos.
-        weigh: returns the weights of the Ritz vectors; the leading one always gets 1.
+    `weigh` returns the weights of the Ritz vectors; the leading one always gets 1.
     """
     assert result.direction is not None  # Lanczos returns one
     tiny = torch.finfo(result.direction.dtype).tiny

@@ -19,6 +19,7 @@ from hessianflow.losses.weights import (
     setting,
     weighted,
 )
+from hessianflow.structure import described
 
 EXAMPLES = "examples"
 STATED = "the count it states"
@@ -58,35 +59,22 @@ class WeightedLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Averaged:
-    """The mean loss of one batch.
+    """The mean loss of one batch."""
 
-    Attributes:
-        value: the mean, a scalar tensor; nan where no target counts.
-        weight: the divisor of the mean.
-        source: a phrase that says what the weight counts, for messages.
-        ignore_index: the class index of targets that do not count, if the loss has one.
-        counted: the number of targets that count, if that is known.
-        may_break_on_nothing: whether the gradient may be nan where the weight is 0. It is not for
-            losses of torch, nor for an empty sum.
-    """
-
-    value: Tensor
-    weight: Weight
-    source: str
-    ignore_index: int | None = None
+    value: Tensor  # the mean, a scalar tensor; nan where no target counts
+    weight: Weight  # the divisor of the mean
+    source: str  # a phrase that says what the weight counts, for messages
+    ignore_index: int | None = None  # the class index of targets that do not count, if any
+    # Whether the gradient may be nan where the weight is 0: not for torch's losses or an empty sum.
     may_break_on_nothing: bool = False
-    counted: Weight | None = None
+    counted: Weight | None = None  # the number of targets that count, if that is known
 
 
 class MeanLoss:
     """A loss function of any reduction, called for its mean and its weight.
 
-    Args:
-        loss_fn: see :data:`hessianflow.interfaces.LossFn`.
-
-    Attributes:
-        loss_fn: the loss function as the user passed it.
-        is_known: whether it is one of torch's losses, whose weight is known without a call.
+    The attribute `loss_fn` is the function as it was passed, and `is_known` says whether it is one
+    of torch's losses, whose weight is known without a call.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
@@ -107,9 +95,8 @@ class MeanLoss:
         token.
 
         Args:
-            outputs: the model's outputs; the model itself for a loss called as
-                loss_fn(model, batch).
-            targets: the targets; the batch for a loss called as loss_fn(model, batch).
+            outputs: the model's outputs; for a loss called as loss_fn(model, batch), the model.
+            targets: the targets; for such a loss the batch.
             weight: the result of :meth:`weight_ahead` for these targets, if there is one.
 
         Raises:
@@ -178,6 +165,4 @@ def _is_count(value: Any) -> bool:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    return described(value)

@@ -27,14 +27,8 @@ _SUMS = frozenset((torch.sum, Tensor.sum))
 _DIVISIONS = frozenset((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide))
 _CLAMPS = frozenset(
     (
-        torch.clamp,
-        torch.clamp_min,
-        torch.maximum,
-        Tensor.clamp,
-        Tensor.clamp_min,
-        Tensor.maximum,
-        torch.max,
-        Tensor.max,
+        *(torch.clamp, torch.clamp_min, torch.maximum, torch.max),
+        *(Tensor.clamp, Tensor.clamp_min, Tensor.maximum, Tensor.max),
     )
 )
 _SCALARS = _MEANS | _SUMS | _DIVISIONS | _CLAMPS
@@ -44,16 +38,10 @@ COUNT = "the count it divides by"
 
 @dataclass(frozen=True)
 class Call:
-    """An observed call.
-
-    Attributes:
-        function: a function of torch.
-        arguments: the arguments that were passed, by name.
-        result: the result of the call.
-    """
+    """An observed call of a function of torch."""
 
     function: Callable[..., Any]
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # those that were passed, by name
     result: Tensor
 
     @property
@@ -64,8 +52,7 @@ class Call:
     @property
     def reduction(self) -> str:
         """Return the reduction of a loss."""
-        name: str = self.arguments.get("reduction", "mean")
-        return name
+        return str(self.arguments.get("reduction", "mean"))
 
     @property
     def ignore_index(self) -> int | None:
@@ -82,9 +69,8 @@ class Call:
         weight: Tensor | None = self.arguments.get("weight")
         if self.function in CLASS_FUNCTIONS:
             if not targets.is_floating_point():
-                return class_weight(
-                    targets, weight, self.arguments.get("ignore_index", IGNORE_INDEX)
-                )
+                ignored = self.arguments.get("ignore_index", IGNORE_INDEX)
+                return class_weight(targets, weight, ignored)
             # With probabilities as targets, every entry outside the class dimension counts as one.
             return inputs.numel() // inputs.shape[min(1, inputs.ndim - 1)]
         if weight is not None and self.function is functional.mse_loss:
@@ -101,12 +87,12 @@ class Observer(TorchFunctionMode):
         self._calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the call, and record it if it is of interest."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.
         if type(result) is Tensor and (func in _LOSSES or (func in _SCALARS and result.ndim == 0)):
-            self._calls.append(Call(func, _by_name(func, args, kwargs), result))
+            arguments = dict(zip(_names(func), args, strict=False)) | kwargs
+            self._calls.append(Call(func, arguments, result))
         return result
 
     @property
@@ -140,18 +126,11 @@ class Observer(TorchFunctionMode):
         return next((call for call in reversed(self._calls) if call.result is loss), None)
 
     def _count(self, divisor: Tensor) -> Tensor:
-        """Return a count as it was before it was clamped away from 0.
-
-        A count of 0 then still means that no target counts.
-        """
+        """Return a count before it was clamped away from 0: where it is 0, no target counts."""
         for call in self._calls:
             before = call.arguments.get("input")
-            if (
-                call.result is divisor
-                and call.function in _CLAMPS
-                and isinstance(before, Tensor)
-                and before.ndim == 0
-            ):
+            is_clamped = call.result is divisor and call.function in _CLAMPS
+            if is_clamped and isinstance(before, Tensor) and before.ndim == 0:
                 return torch.where(before == 0, 0, divisor)
         return divisor
 
@@ -170,9 +149,3 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     if function in _LOSSES:
         return tuple(signature(function).parameters)
     return ("input", "other")
-
-
-def _by_name(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    return {**dict(zip(_names(function), args, strict=False)), **kwargs}

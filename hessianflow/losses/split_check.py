@@ -39,9 +39,6 @@ class SplitCheck:
     fourth, eighth and so on, because parts in which every row counts show nothing. Each time some
     rows are kept and compared together with rows of the next part: a part whose rows are all alike
     shows nothing either, as where it is padding or where data are sorted by class.
-
-    Args:
-        loss: the loss to be checked.
     """
 
     def __init__(self, loss: MeanLoss) -> None:
@@ -54,10 +51,8 @@ class SplitCheck:
     def __call__(self, outputs: Any, targets: Any) -> None:
         """Check the loss on one part of a larger batch, if a check is due.
 
-        Args:
-            outputs: the model's outputs; the model itself for a loss called as
-                loss_fn(model, batch).
-            targets: the targets, or the batch. A single row is compared only with the next one.
+        The arguments are those of :class:`MeanLoss`. A single row is compared only with the next
+        one.
 
         Raises:
             HessianFlowError: the loss is not the weighted mean, or the outputs have no row for each
@@ -80,7 +75,7 @@ class SplitCheck:
         outputs = map_tensors(Tensor.detach, outputs)
         with untouched(self._loss.loss_fn):
             if self._kept is not None:
-                self._compare_with_kept(*self._kept, outputs, targets)
+                self._compare_kept(*self._kept, outputs, targets)
                 self._kept = None
             if is_time:
                 self._next = 2 * self._parts
@@ -104,9 +99,7 @@ class SplitCheck:
         # Copies, because views of a few rows would keep all rows in memory.
         self._kept = map_tensors(Tensor.clone, first[0]), map_tensors(Tensor.clone, first[1])
 
-    def _compare_with_kept(
-        self, before: Any, targets_before: Any, outputs: Any, targets: Any
-    ) -> None:
+    def _compare_kept(self, before: Any, targets_before: Any, outputs: Any, targets: Any) -> None:
         kept = num_examples(targets_before)
         rows = num_examples(targets)
         taken = max(1, rows - kept)  # both together are no larger than one part, to save memory
@@ -114,10 +107,8 @@ class SplitCheck:
         if later is None:
             return
         try:
-            pair = (
-                _joined(before, later[0], kept, taken),
-                _joined(targets_before, later[1], kept, taken),
-            )
+            joined = _joined(before, later[0], kept, taken)
+            pair = joined, _joined(targets_before, later[1], kept, taken)
             whole = self._loss(*pair)
         # Parts may have different lengths, and a loss may ask anything of rows that it takes
         # together.
@@ -143,21 +134,19 @@ class SplitCheck:
                     f" {WAY_OUT}"
                 ) from error
         # The host waits for the device here, a few times a run.
-        if not any(float(part.weight) > 0 for part in parts):
+        counting = [part for part in parts if float(part.weight) > 0]
+        if not counting:
             return
         value = float(whole.value.detach())
-        mean, scale = _mean(parts)
-        tolerance = _tolerance(whole.value.dtype) * max(
-            scale, abs(value), torch.finfo(whole.value.dtype).tiny
-        )
+        mean, scale = _mean(counting)
+        dtype = whole.value.dtype
+        tolerance = _tolerance(dtype) * max(scale, abs(value), torch.finfo(dtype).tiny)
         # A whole that is not finite shows divergence, not weights. A single part that is not finite
         # fails below.
         if not math.isfinite(value):
             return
         if abs(mean - value) <= tolerance:
-            spread = max(
-                abs(float(part.value.detach()) - value) for part in parts if float(part.weight) > 0
-            )
+            spread = max(abs(float(part.value.detach()) - value) for part in counting)
             if spread < ALIKE * abs(value):
                 self._compare_slopes(outputs, targets, spans)
             return
@@ -189,15 +178,13 @@ class SplitCheck:
         parts = [self._loss(*pair) for pair in pairs if pair is not None]
         if not leaves or not whole.value.requires_grad:
             return
-        total = sum(float(part.weight) for part in parts)
-        mean = sum(
-            part.value * (float(part.weight) / total) for part in parts if float(part.weight) > 0
-        )
+        counting = [(part.value, float(part.weight)) for part in parts if float(part.weight) > 0]
+        total = sum(weight for _, weight in counting)
+        mean = sum(value * (weight / total) for value, weight in counting)
         ours, theirs = (_slopes(value, leaves) for value in (mean, whole.value))
-        tolerance = max(SLOPE_TOLERANCE, 4 * torch.finfo(whole.value.dtype).eps)
-        if float((ours - theirs).norm()) > tolerance * max(
-            float(theirs.norm()), torch.finfo(whole.value.dtype).tiny
-        ):
+        limits = torch.finfo(whole.value.dtype)
+        allowed = max(SLOPE_TOLERANCE, 4 * limits.eps) * max(float(theirs.norm()), limits.tiny)
+        if float((ours - theirs).norm()) > allowed:
             raise HessianFlowError(
                 f"the loss of {rows} examples has another gradient than the mean over two parts of"
                 f" them, weighted by {whole.source}: {WAY_OUT}"
@@ -211,16 +198,10 @@ def _slopes(value: Any, leaves: list[Tensor]) -> Tensor:
 
 def _mean(parts: list[Averaged]) -> tuple[float, float]:
     """Return the weighted mean, and the largest magnitude among the parts."""
-    total = 0.0
-    weights = 0.0
-    scale = 0.0
-    for part in parts:
-        weight = float(part.weight)
-        if weight > 0:
-            total += weight * float(part.value.detach())
-            weights += weight
-            scale = max(scale, abs(float(part.value.detach())))
-    return total / weights, scale
+    weights = [float(part.weight) for part in parts]
+    values = [float(part.value.detach()) for part in parts]
+    total = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    return total / sum(weights), max(0.0, *map(abs, values))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -233,10 +214,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _rows(outputs: Any, targets: Any, span: slice, rows: int) -> tuple[Any, Any] | None:
-    """Return some rows of outputs and targets; None if the outputs have no rows.
-
-    A model in place of outputs is returned unchanged.
-    """
+    """Return some rows of outputs (or the model instead of them) and targets; None without rows."""
     if not isinstance(outputs, nn.Module):
         if not any(t.ndim > 0 and len(t) == rows for t in tensors_in(outputs)):
             return None
@@ -256,12 +234,9 @@ def _rows_of(part: Any, span: slice, rows: int, name: str) -> Any:
 
 
 def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
-    """Return two structures joined into one of `rows` + `others` rows.
+    """Return two structures joined into one of `rows` + `others` rows; ValueError: they differ.
 
     Entries without rows, such as a model, are returned unchanged.
-
-    Raises:
-        ValueError: the structures differ.
     """
     is_array = isinstance(first, (Tensor, np.ndarray))
     if is_array and first.ndim > 0 and (len(first), len(second)) == (rows, others):
@@ -272,16 +247,11 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
     behind = entries(second)
     if ahead is None or behind is None:
         return second
-    if (
-        is_list(first)
-        and len(first) == rows
-        and not all(isinstance(part, Tensor) for part in first)
-    ):
+    has_entries = is_list(first) and len(first) == rows
+    if has_entries and not all(isinstance(part, Tensor) for part in first):
         raise ValueError("one entry may be one example")
-    return rebuilt(
-        second,
-        [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)],
-    )
+    parts = [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)]
+    return rebuilt(second, parts)
 
 
 @contextmanager

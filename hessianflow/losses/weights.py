@@ -14,36 +14,22 @@ Weight = int | float | Tensor
 """The divisor of a mean. A tensor is a scalar that stays on the device, so that the host does not
 wait for it."""
 
+# Losses that divide by the class weights of the targets that are not ignored, in both forms.
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-"""Losses that divide by the class weights of the targets that are not ignored."""
-
 CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
-"""The same losses as functions."""
-
+# Losses whose mean divides by the number of elements.
 ELEMENTWISE_FUNCTIONS = (
-    functional.mse_loss,
-    functional.l1_loss,
-    functional.smooth_l1_loss,
-    functional.huber_loss,
-    functional.binary_cross_entropy,
-    functional.binary_cross_entropy_with_logits,
-    functional.kl_div,
-    functional.poisson_nll_loss,
-    functional.gaussian_nll_loss,
-    functional.soft_margin_loss,
-    functional.hinge_embedding_loss,
+    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
+    *(functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits),
+    *(functional.kl_div, functional.poisson_nll_loss, functional.gaussian_nll_loss),
+    *(functional.soft_margin_loss, functional.hinge_embedding_loss),
 )
-"""Losses whose mean divides by the number of elements."""
-
+# Elementwise losses that broadcast outputs and targets of different shapes.
 BROADCASTING_LOSSES = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
     *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss),
 )
-"""Elementwise losses that broadcast outputs and targets of different shapes."""
-
-IGNORE_INDEX = -100
-"""The class index of targets that do not count, unless a loss says otherwise; torch's default."""
-
+IGNORE_INDEX = -100  # the class of targets that do not count, unless a loss says otherwise (torch)
 _DEFAULTS = {"reduction": "mean", "weight": None, "ignore_index": IGNORE_INDEX}
 
 
@@ -60,8 +46,7 @@ def weighted(mean: Tensor, weight: Weight) -> Tensor:
 def exact_type(device: torch.device) -> torch.dtype:
     """Return the type of counts and long sums: float64, or float32 on a device without it.
 
-    Integers would divide in torch's default type; a float64 count keeps ratios exact for float64
-    models.
+    Integers would divide in torch's default type; float64 keeps ratios exact for float64 models.
     """
     if device.type == "mps":
         return torch.float32
@@ -74,15 +59,10 @@ def as_weight(count: Tensor) -> Tensor:
 
 
 def class_weight(targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the sum of the class weights of all targets that are not ignored.
+    """Return the sum of the class weights of all targets not ignored, a scalar on their device.
 
-    Args:
-        targets: class indices, of any shape.
-        weight: weight of each class, shape [classes]; None counts each as 1.
-        ignore_index: the index of targets that do not count.
-
-    Returns:
-        A scalar tensor on the device of the targets.
+    The targets are class indices of any shape. The weights have shape [classes]; None counts each
+    as 1.
     """
     counted: Tensor = targets != ignore_index
     exact = exact_type(targets.device)

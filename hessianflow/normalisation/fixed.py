@@ -41,14 +41,7 @@ class _Fixed(_BatchNorm):
         # Under autocast the types differ; torch's kernel then computes in float32 inside.
         if input.dtype != self.scale.dtype:
             return nn.functional.batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                False,
-                0.0,
-                self.eps,
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         shape = (1, -1, *(1 for _ in input.shape[2:]))
         return torch.addcmul(self.shift.view(shape), input, self.scale.view(shape))
@@ -58,8 +51,7 @@ class _Fixed(_BatchNorm):
 def fixed_normalisation(model: nn.Module) -> Iterator[nn.Module]:
     """Run layers in evaluation mode on a CPU in this form, and put them back afterwards.
 
-    Yields:
-        The model to call, or its stand-in if the model itself is a sequence with layers to fold.
+    Yields the model to call: a stand-in if the model itself is a sequence with layers to fold.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         yield model

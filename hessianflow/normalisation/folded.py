@@ -29,8 +29,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @runtime_checkable
 class TorchsInEvaluation(Protocol):
-    """A normalisation of another class that says whether, in evaluation mode, it computes what
-    torch's own does."""
+    """A normalisation that says whether, in evaluation mode, it computes what torch's own does."""
 
     is_torchs_in_evaluation: bool
 
@@ -39,10 +38,8 @@ class FoldedSequence(nn.Sequential):
     """A stand-in for a plain sequence, with that sequence's own layers, parameters and hooks.
 
     A slice of it, which `nn.Sequential` makes from its class and some of its layers, folds nothing.
-
-    Attributes:
-        pairs: each convolution and the normalisation that follows it, by the convolution's name.
-        absorbed: names of those normalisations.
+    `pairs` holds each convolution and the normalisation that follows it, by the convolution's name,
+    `absorbed` the names of those normalisations.
     """
 
     pairs: Mapping[str, tuple[_ConvNd, _BatchNorm]] = MappingProxyType({})
@@ -53,10 +50,9 @@ class FoldedSequence(nn.Sequential):
         """Return the sequence in this form; None if it is not plain or holds nothing to fold."""
         # A compiled (scripted, traced) module is no `nn.Sequential`, and asking its class for
         # `forward` fails.
-        if (
-            not isinstance(sequence, nn.Sequential)
-            or type(sequence).forward is not nn.Sequential.forward
-        ):
+        if not isinstance(sequence, nn.Sequential):
+            return None
+        if type(sequence).forward is not nn.Sequential.forward:
             return None
         foldable = [
             (first, second, pair)
@@ -95,15 +91,10 @@ def _form(kind: type[Any]) -> type[FoldedSequence]:
 
 @contextmanager
 def folded_normalisation(model: nn.Module) -> Iterator[nn.Module]:
-    """Run plain sequences folded wherever the model uses them, and put them back afterwards.
-
-    Yields:
-        The model to call, or its stand-in if the model itself is such a sequence.
-    """
+    """Run plain sequences folded wherever they are used; yield the model, or its own stand-in."""
     parents = list(model.modules())
-    stand_ins = {
-        parent: folded for parent in parents if (folded := FoldedSequence.of(parent)) is not None
-    }
+    forms = [(parent, FoldedSequence.of(parent)) for parent in parents]
+    stand_ins = {parent: folded for parent, folded in forms if folded is not None}
     # A layer is listed for each parent that holds it.
     uses = [
         (parent, name, layer)
@@ -123,17 +114,11 @@ def folded_normalisation(model: nn.Module) -> Iterator[nn.Module]:
 
 def has_fixed_statistics(layer: nn.Module | None) -> bool:
     """Return whether a layer is torch's batch normalisation and uses running statistics now."""
-    # Another class may do anything in its forward, unless it says that it is torch's own in
-    # evaluation mode.
-    return (
-        isinstance(layer, _BatchNorm)
-        and (type(layer) in _NORMALISATIONS or _is_torchs_in_evaluation(layer))
-        and not layer.training
-        and layer.running_mean is not None
-    )
-
-
-def _is_torchs_in_evaluation(layer: nn.Module) -> bool:
+    if not isinstance(layer, _BatchNorm) or layer.training or layer.running_mean is None:
+        return False
+    if type(layer) in _NORMALISATIONS:
+        return True
+    # Another class may do anything in its forward, unless it says that it is torch's own here.
     return isinstance(layer, TorchsInEvaluation) and layer.is_torchs_in_evaluation
 
 
@@ -154,39 +139,27 @@ def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 def graph_is_recomputed() -> bool:
     """Return whether checkpointing, which compares two graphs, or torch.func is active."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.6
-    return (
-        hooks is None
-        or hooks(True) is not None
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    if hooks is None or hooks(True) is not None:
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
 
 
-def _pair(
-    convolution: nn.Module | None, norm: nn.Module | None
-) -> tuple[_ConvNd, _BatchNorm] | None:
-    if type(convolution) not in _CONVOLUTIONS or not has_fixed_statistics(norm):
+def _pair(conv: nn.Module | None, norm: nn.Module | None) -> tuple[_ConvNd, _BatchNorm] | None:
+    if type(conv) not in _CONVOLUTIONS or not has_fixed_statistics(norm):
         return None
-    assert isinstance(convolution, _ConvNd)
+    assert isinstance(conv, _ConvNd)
     assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     # A hook would see the activations between the two.
-    if (
-        _is_changed(convolution)
-        or _is_changed(norm)
-        or convolution.weight.dtype != norm.running_mean.dtype
-    ):
+    is_changed = _is_changed(conv) or _is_changed(norm)
+    if is_changed or conv.weight.dtype != norm.running_mean.dtype:
         return None
-    return convolution, norm
+    return conv, norm
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in layer.__dict__
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, name) for name in tables) or "forward" in layer.__dict__
 
 
 def _folded(convolution: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -66,9 +66,9 @@ _FORMS: Mapping[type[_BatchNorm], type[_Ghost]] = {
 def ghost_normalisation(model: nn.Module, group_size: int | None) -> Iterator[None]:
     """Normalise groups of at most `group_size` examples in training, in all BatchNorm layers.
 
-    The layers are put back afterwards. Names, parameters and buffers stay the layers' own, so
-    optimizers and checkpoints see no change. Groups of one batch are as equal as possible. None
-    changes nothing.
+    The layers are put back afterwards; names, parameters and buffers stay their own, so optimizers
+    and checkpoints see no change. Groups of one batch are as equal as possible. None changes
+    nothing.
     """
     if group_size is None:
         yield

@@ -19,9 +19,7 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     The forward passes normalise by the batch, while everything else (dropout) is in evaluation
     mode. Flags, other buffers and random generators are restored; a model without such layers is
     not run. Layers that these passes do not reach (the adversarial half of a split layer, heads
-    that run in training only) keep their statistics, and so do frozen layers: those in evaluation
-    mode inside a model in training mode. In a model that is in evaluation mode as a whole no layer
-    counts as frozen.
+    that run in training only) keep their statistics, and so do frozen ones (:func:`moving_layers`).
 
     Args:
         model: the model, wrapped or not.
@@ -43,9 +41,8 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")
         reached = [layer for layer in layers if layer.num_batches_tracked]
-        measured = [
-            (_statistics(layer), [t.clone() for t in _statistics(layer)]) for layer in reached
-        ]
+        running = [_statistics(layer) for layer in reached]
+        measured = [(one, [tensor.clone() for tensor in one]) for one in running]
     for statistics, values in measured:
         torch._foreach_copy_(statistics, values)
 

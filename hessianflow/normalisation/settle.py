@@ -26,8 +26,7 @@ def settle(
         model: the model, in training mode; one without batch normalisation is not run.
         batch: the batch trained last, on the device; on several ranks this rank's part of it.
         loss_fn: the loss of the training.
-        usual_loss: the usual loss of the training so far; differences that are small beside it are
-            ignored.
+        usual_loss: the usual loss of the training so far; small differences beside it do not count.
         size: examples per microbatch.
         world: the ranks, which all come to the same result.
 

@@ -1,8 +1,8 @@
 """Split batch normalisation: one set of statistics for clean examples, one for adversarial ones.
 
 Xie et al., "Adversarial examples improve image recognition" (AdvProp), arXiv 1911.09665; used by
-ConAdv, arXiv 2106.00221. Clean and adversarial images have different distributions; with one set of
-statistics the running ones become a mixture and clean accuracy falls.
+ConAdv, arXiv 2106.00221. With one set of statistics for both, the running ones become a mixture and
+clean accuracy falls.
 
 A batch is one concatenation with the clean rows first. Each layer splits it where
 :func:`clean_rows` says, so that a step is one forward and one backward pass, also under
@@ -15,11 +15,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.measuring import unwrap
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class SplitBatchNorm(nn.Module):
@@ -32,7 +31,7 @@ class SplitBatchNorm(nn.Module):
             rest; None leaves all to `main`. Set it through :func:`clean_rows`.
     """
 
-    def __init__(self, main: nn.modules.batchnorm._BatchNorm, *, share_affine: bool) -> None:
+    def __init__(self, main: _BatchNorm, *, share_affine: bool) -> None:
         super().__init__()
         self.main = main
         self.adversarial = copy.deepcopy(main)
@@ -76,7 +75,7 @@ def split_batch_norm(model: nn.Module, *, share_affine: bool = False) -> nn.Modu
     layers: dict[nn.Module, nn.Module] = {
         m: SplitBatchNorm(m, share_affine=share_affine)
         for m in model.modules()
-        if isinstance(m, _BATCH_NORM)
+        if isinstance(m, _BatchNorm)
     }
     if not layers:
         raise HessianFlowError(
@@ -105,9 +104,7 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
 def clean_rows(model: nn.Module, clean: int | None) -> Iterator[None]:
     """Normalise the first `clean` rows of every batch by the main set, others by the adversarial.
 
-    Args:
-        model: a split model.
-        clean: number of clean rows; 0 makes all rows adversarial, None makes all clean.
+    With 0 all rows are adversarial, with None all are clean.
 
     Raises:
         HessianFlowError: the model is not split, or the number is negative.

@@ -28,44 +28,31 @@ NEGLIGIBLE = 0.05
 """Differences below this fraction of a training's usual loss are ignored. Our choice: once a
 network fits digits, 32 examples have losses such as 0.004 and 0.002 under settled statistics."""
 
-ROWS = 32
-"""Most examples that are compared; each is forwarded twice. Our choice."""
+ROWS = 32  # most examples that are compared; each is forwarded twice; our choice
 
 
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the layers with running statistics that training moves.
 
     A layer in evaluation mode inside a model in training mode is frozen and left out: its
-    statistics are part of the function that is trained. In a model that is in evaluation mode as a
-    whole, no layer counts as frozen.
+    statistics are part of the function that is trained. In a model in evaluation mode none counts
+    as frozen.
     """
     inner = unwrap(model)
-    return [
-        m
-        for m in inner.modules()
-        if isinstance(m, _BatchNorm)
-        and m.running_mean is not None
-        and (m.training or not inner.training)
-    ]
+    layers = [m for m in inner.modules() if isinstance(m, _BatchNorm)]
+    running = [layer for layer in layers if layer.running_mean is not None]
+    return [layer for layer in running if layer.training or not inner.training]
 
 
 def compared_losses(
     model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
-    """Return the loss of some examples under running statistics, under their own, and the weight.
+    """Return the loss of some examples under running statistics, under their own, and the divisor.
 
-    The model runs in evaluation mode and is restored. Up to ROWS examples are forwarded twice, or
-    the whole batch if the model cannot run on fewer examples or the loss needs gradients.
-
-    Args:
-        model: the model, wrapped or not.
-        batch: a pair (inputs, targets) or a dict, on the model's device.
-        mean_loss: the loss.
-        layers: the layers with running statistics; see :func:`moving_layers`.
-
-    Returns:
-        The two mean losses and their divisor. All are 0 if no target counts, or if the batch is a
-        single example, which has no statistics of its own.
+    The model runs in evaluation mode and is restored. Up to ROWS examples of the batch, a pair or a
+    dict on the model's device, are forwarded twice, or the whole batch if the model cannot run on
+    fewer or the loss needs gradients. `layers` are the :func:`moving_layers`. All numbers are 0 if
+    no target counts, or for a single example, which has no statistics of its own.
     """
     total = num_examples(batch)
     if total < 2:
@@ -109,11 +96,9 @@ def _averaged(model: nn.Module, batch: Any, mean_loss: MeanLoss) -> Averaged:
 def is_unsettled(running: float, own: float, scale: float = 0.0) -> bool:
     """Return whether the losses under running and own statistics show that the former lag.
 
-    Args:
-        running: the loss under running statistics; one that is not finite counts as large.
-        own: the loss under the examples' own statistics; if it is not finite, the answer is False.
-        scale: the usual loss of this training: once examples are fitted, their own losses are small
-            and depend on a few of them.
+    A running loss that is not finite counts as large; if the own one is not, the answer is False.
+    `scale` is the usual loss of this training: once examples are fitted, their own losses are small
+    and depend on a few of them.
     """
     if not math.isfinite(own):
         return False

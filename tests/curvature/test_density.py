@@ -78,11 +78,17 @@ def test_breakdown_ends_early_and_exactly():
 
 
 def test_rows_of_unequal_length_are_padded_without_weight():
-    from hessianflow.curvature.density import _padded
+    first = iter([True])
 
-    nodes, weights = _padded(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5]), 4)
-    assert nodes.tolist() == [1.0, 2.0, 2.0, 2.0]
-    assert weights.tolist() == [0.5, 0.5, 0.0, 0.0]
+    def product(vector):  # the identity at first, where the first start breaks down at once
+        return vector if next(first, False) else MATRIX @ vector
+
+    operator = CallableOperator(product, len(MATRIX), MATRIX.dtype)
+    found = spectral_density(operator, num_probes=2, steps=3, seed=0)
+    assert found.nodes[0].tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert found.weights[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert found.matvecs == 4
+    assert bool((found.weights[1] > 0).all())
 
 
 def test_negative_mass_within_its_standard_error():

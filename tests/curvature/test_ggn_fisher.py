@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator, top_eigenpairs
-from hessianflow.curvature.draws import draws_by_content
+from hessianflow.curvature.fisher import draws_by_content
 from hessianflow.interfaces import HessianFlowError
 
 

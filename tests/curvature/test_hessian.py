@@ -457,14 +457,15 @@ def test_construction_runs_nothing_and_keeps_nothing():
     assert operator._kept is None
 
 
-def test_weighted_product_is_what_ranks_add_up():
+def test_products_times_weights_are_what_ranks_add_up():
     problem = small()
     v = vector(64)
     parts = [
         HessianOperator(problem.model, problem.loss_fn, (problem.inputs[s], problem.targets[s]))
         for s in (slice(0, 11), slice(11, 30))
     ]
-    sums, counts = zip(*(part.weighted_product(v) for part in parts), strict=True)
+    counts = tuple(part.loss_weight for part in parts)
+    sums = [(part @ v) * count for part, count in zip(parts, counts, strict=True)]
     expected = HessianOperator(problem.model, problem.loss_fn, problem.pair) @ v
     assert counts == (11, 19)
     torch.testing.assert_close(sum(sums) / sum(counts), expected)

@@ -105,7 +105,8 @@ def test_products_are_weighted_by_what_the_mean_divides_by():
         HessianOperator(problem.model, loss_fn, (problem.inputs[rows], problem.targets[rows]))
         for rows in (slice(0, 11), slice(11, 30))
     ]
-    sums, weights = zip(*(part.weighted_product(v) for part in parts), strict=True)
+    weights = tuple(part.loss_weight for part in parts)
+    sums = [(part @ v) * weight for part, weight in zip(parts, weights, strict=True)]
     expected = [
         float(WEIGHT[problem.targets[rows]].sum()) for rows in (slice(0, 11), slice(11, 30))
     ]

@@ -1,9 +1,17 @@
-"""The moment at which a product is checked (differences.py), and the error if the check fails."""
+"""The two checks that an operator makes once: its loss repeats, and a product is right.
+
+A random operator is no matrix, but its products would look so. How a product is compared with a
+difference of gradients stands in differences.py.
+"""
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from hessianflow.curvature.derivatives import Graph
 from hessianflow.curvature.differences import Disagreement
+from hessianflow.curvature.staleness import Snapshot
 from hessianflow.interfaces import HessianFlowError
 
 CHECK_FROM = 100
@@ -11,12 +19,49 @@ CHECK_FROM = 100
 costs three to ten gradients of a few examples, in float64."""
 
 
+class RepeatCheck:
+    """Compares each loss with the last one at the same weights and the same batch.
+
+    All products draw the same random numbers, because measuring restores the generators and a kept
+    graph keeps its own numbers. Only a second pass within one product shows that a loss is random:
+    `wanted` says whether the first one makes it. Losses may differ by the square root of the
+    resolution of `dtype`, the type of the vectors.
+    """
+
+    def __init__(self, wanted: bool, dtype: torch.dtype) -> None:
+        self._wanted = wanted
+        self._tolerance = torch.finfo(dtype).eps ** 0.5
+        self._last: tuple[Snapshot, float] | None = None
+
+    def is_due(self) -> bool:
+        """Return whether to make the second pass now; True at most once."""
+        is_due = self._wanted
+        self._wanted = False
+        return is_due
+
+    def compare(self, snapshot: Snapshot, loss: Tensor) -> None:
+        """Raise HessianFlowError if a loss differs from the last one of the same values."""
+        value = float(loss)  # one number from the device for each graph that is built
+        if self._last is not None and self._last[0].has_values_of(snapshot):
+            before = self._last[1]
+            if abs(value - before) > self._tolerance * max(abs(value), abs(before)):
+                raise HessianFlowError(
+                    f"the loss changed from {before:.6g} to {value:.6g} between two products at the"
+                    " same weights; switch off dropout and random augmentation in the data or in"
+                    " the model's forward"
+                )
+        self._last = (snapshot, value)
+
+    def forget(self) -> None:
+        """Forget the last loss, so that the next one is compared with nothing."""
+        self._last = None
+
+
 class ProductCheck:
     """Decides when the one check of an operator is made.
 
-    Args:
-        wanted: True: with the first product. False: never. None: with product CHECK_FROM, or with
-            the first one where the graph gives reason to doubt.
+    With `wanted` True that is the first product, with False none, with None product CHECK_FROM, or
+    the first one where the graph gives reason to doubt.
     """
 
     def __init__(self, wanted: bool | None) -> None:
@@ -41,12 +86,7 @@ class ProductCheck:
         return is_due
 
     def conclude(self, disagreement: Disagreement | None, names: Sequence[str]) -> None:
-        """Refuse the operator if the check contradicts it.
-
-        Raises:
-            HessianFlowError: there is a disagreement; the message names the parameter, the likely
-                causes and the way out.
-        """
+        """Raise HessianFlowError for a disagreement, with the parameter, causes and the way out."""
         if disagreement is None:
             return
         where = ""
