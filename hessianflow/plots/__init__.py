@@ -1,6 +1,7 @@
 """Figures, tables and reports from the records of runs, which are all that they read."""
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.critical_batch import critical_batch
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline
 from hessianflow.plots.html import report
 from hessianflow.plots.landscape import landscape
@@ -18,6 +19,7 @@ __all__ = [
     "commit_timeline",
     "compare",
     "compare_table",
+    "critical_batch",
     "curvature_trajectory",
     "has_workers",
     "landscape",
