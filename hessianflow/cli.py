@@ -92,9 +92,7 @@ def _main(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"hessianflow {__version__}")
         return 0
-    name = ""
-    if words and words[0] in functions:
-        name = words[0]
+    name = next((word for word in words[:1] if word in functions), "")
     try:
         arguments = _parsed(parser, words_of(parser, words))
         if arguments is None:
