@@ -3,8 +3,8 @@
 Trains small runs, branches their checkpoints at several batch sizes, and measures the noise scale
 with curvature and without at the same weights. One row a checkpoint goes to a file.
 
-    python experiments/critical_batch/measure.py --rows experiments/critical_batch/rows.jsonl
-    python experiments/critical_batch/measure.py --rows experiments/critical_batch/rows.jsonl --report
+    python experiments/critical_batch/measure.py --rows ROWS --data-dir DIR
+    python experiments/critical_batch/measure.py --rows ROWS --report
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from hessianflow.cli import main
@@ -30,6 +31,8 @@ from hessianflow.runs import History
 
 TOLERANCE = 0.05
 REPEATS = 2
+FREE = 2**30
+"""A cap on the batch of the loss rule that nothing reaches."""
 SIGNALS = ("with_curvature", "simple", "loss_rule")
 
 _SMALL = ["--controller", "fixed", "--adversary", "none", "--curvature", "off", "--plots", "false"]
@@ -137,10 +140,12 @@ def _adam_factors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _loss_rule(history: History, epoch: int, batch_size: int) -> float:
     """Return the useful batch of `critical` at the end of an epoch, by its own code."""
     controller = CriticalBatch(
-        batch_size, 2**40, edge_share=None, max_growth=2.0**40, hysteresis=1.0001
+        batch_size, FREE, edge_share=None, max_growth=float(FREE), hysteresis=1.0001
     )
     for row in history.epochs[:epoch]:
-        progress = Progress(row["epoch"], row["examples"], row["updates"], 1, len(history.epochs))
+        progress = Progress(
+            row["epoch"], row["examples"], row["updates"], FREE, len(history.epochs)
+        )
         controller.update(progress, None, {"epoch_loss": row["train_loss"]})
     return float(controller.decision.batch_size)
 
@@ -192,7 +197,7 @@ def _tracking(rows: Sequence[Mapping[str, Any]], signal: str) -> str:
     logs = [math.log(measured / found) for measured, found in pairs]
     if len(logs) < 3:
         return f"| {signal} | {len(logs)} | | | |"
-    rank = statistics.correlation(*zip(*pairs, strict=True), method="ranked")
+    rank = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     return (
         f"| {signal} | {len(logs)} of {len(rows)} | {math.exp(statistics.fmean(logs)):.2g} |"
         f" {math.exp(statistics.stdev(logs)):.2f} | {rank:.2f} |"
