@@ -25,7 +25,8 @@ from hessianflow.parts import (
 from hessianflow.planning.branches import Start
 from hessianflow.runs import checkpoints
 from hessianflow.runs.names import BEST, CHECKPOINTS
-from hessianflow.runs.states import check_training_state, restoring
+from hessianflow.runs.optimizer_states import check_optimizer
+from hessianflow.runs.states import DamagedStateError, check_training_state, restoring
 from hessianflow.training import Passes, checkpoint
 
 EVALUATED = 1024
@@ -76,6 +77,7 @@ class RunStart:
         with restoring(source):
             checkpoint.load_model(self.parts.model, self.state["model"], source)
             optimizer = build_optimizer(self.config, self.parts.model)
+            check_optimizer(optimizer, self.state["optimizer"])
             # torch takes the tensors themselves, and a step would change those of the checkpoint.
             optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))
             for group, rate in zip(optimizer.param_groups, self._rates(), strict=True):
@@ -97,8 +99,12 @@ class RunStart:
 
     def _rates(self) -> list[float]:
         """Return the rate of each parameter group at the batch size of the checkpoint."""
-        factor = float(self.state["decision"]["lr_factor"])
-        rates = [factor * float(group["lr"]) for group in self.state["optimizer"]["param_groups"]]
+        with restoring(str(self.file)):
+            factor = float(self.state["decision"]["lr_factor"])
+            groups = self.state["optimizer"]["param_groups"]
+            rates = [factor * float(group["lr"]) for group in groups]
+            if not rates:
+                raise DamagedStateError(f"{self.file}: its optimizer has no parameter group")
         if self.lr is None:
             return rates
         if not rates[0] > 0:

@@ -281,7 +281,7 @@ def crossing(results: Sequence[SizeResult], tolerance: float) -> float:
 
 
 def _excess(one: Branch, smallest: Branch) -> float:
-    if not math.isfinite(one.loss) or not math.isfinite(smallest.loss):
+    if not (math.isfinite(one.loss) and math.isfinite(smallest.loss) and one.start_loss > 0):
         return math.inf
     return (one.loss - smallest.loss) / one.start_loss
 

@@ -138,6 +138,16 @@ def test_a_run_without_checkpoint_and_one_whose_rate_is_0(capsys):
     assert "no checkpoint at run/checkpoints/last.pt" in err
 
 
+@pytest.mark.parametrize("damage", [[], [{}], [{"lr": "much"}]])
+def test_a_damaged_optimizer_is_told_in_one_line(damage, capsys):
+    state = torch.load("run/checkpoints/last.pt", weights_only=True)
+    state["optimizer"]["param_groups"] = damage
+    torch.save(state, "run/checkpoints/last.pt")
+    status, _, err = measure(capsys=capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "last.pt" in err
+
+
 def test_a_run_whose_data_are_gone(capsys):
     config = json.loads(Path("run/config.json").read_text())
     config["settings"] |= {"data": "cifar10", "data_dir": "gone", "model": "resnet20"}
