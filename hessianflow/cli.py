@@ -67,7 +67,15 @@ def _stopped(number: signal.Signals) -> int:
 
 def _main(words: list[str]) -> int:
     from hessianflow import __version__
-    from hessianflow.commands import curvature, data, plan, records, robustness, training
+    from hessianflow.commands import (
+        critical_batch,
+        curvature,
+        data,
+        plan,
+        records,
+        robustness,
+        training,
+    )
     from hessianflow.commands.parser import main_parser
     from hessianflow.commands.words import words_of
     from hessianflow.interfaces import AgreedError, HessianFlowError
@@ -78,15 +86,13 @@ def _main(words: list[str]) -> int:
     commands = parser.add_subcommands(required=False, title="commands", metavar="COMMAND")
     functions = {
         name: function
-        for module in (training, records, curvature, robustness, data, plan)
+        for module in (training, records, curvature, critical_batch, robustness, data, plan)
         for name, function in module.add(commands).items()
     }
     if words == ["--version"]:
         print(f"hessianflow {__version__}")
         return 0
-    name = ""
-    if words and words[0] in functions:
-        name = words[0]
+    name = next((word for word in words[:1] if word in functions), "")
     try:
         arguments = _parsed(parser, words_of(parser, words))
         if arguments is None:

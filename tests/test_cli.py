@@ -616,6 +616,7 @@ def test_a_value_that_is_no_number_is_one_line(command: str, capsys):
         (["spectrum", "run"], "hf.curvature.top_eigenpairs"),
         (["second-opinion", "run"], "hf.curvature.second_opinion"),
         (["robustness", "run"], "hf.adversarial.robust_accuracy"),
+        (["critical-batch", "run"], "hf.planning.branch"),
         (["plan", "--run", "run"], "hf.planning.predict"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

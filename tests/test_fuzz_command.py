@@ -18,7 +18,15 @@ from forked import command
 from fuzz import Case, Tally, report, run_all, some
 
 from hessianflow.cli import main
-from hessianflow.commands import curvature, data, plan, records, robustness, training
+from hessianflow.commands import (
+    critical_batch,
+    curvature,
+    data,
+    plan,
+    records,
+    robustness,
+    training,
+)
 from hessianflow.commands.parser import Parser, main_parser
 from hessianflow.config import CHOSEN, TrainConfig, option
 from hessianflow.effects import EFFECTIVE
@@ -170,7 +178,7 @@ def check(cases: Sequence[Case], tmp_path: Path, *, least: int, seconds: float =
 def parser() -> Parser:
     found = main_parser("hessianflow", "")
     commands = found.add_subcommands(required=False)
-    for room in (training, records, curvature, robustness, data, plan):
+    for room in (training, records, curvature, critical_batch, robustness, data, plan):
         room.add(commands)
     return found
 
@@ -429,6 +437,7 @@ def commands() -> Iterator[tuple[list[str], Parser]]:
 QUICK: Mapping[str, Sequence[str]] = {
     "spectrum": ["RUN", "--k=1", "--examples=8"],
     "second-opinion": ["RUN", "--k=1", "--examples=8"],
+    "critical-batch": ["RUN", "--repeats=1", "--batch-sizes", "[8,16]", "--lr=0.01"],
     "robustness": ["RUN", "--attack", "fgsm", "--eps", "0.01", "--examples=8"],
     "plan": [
         "--slope=1e-3",

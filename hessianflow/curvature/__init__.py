@@ -6,6 +6,8 @@ from hessianflow.curvature.fisher import FisherOperator
 from hessianflow.curvature.ggn import GGNOperator
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import LandscapeSlice, gradient_overlap, loss_landscape
+from hessianflow.curvature.noise_ratio import RatioEstimate
+from hessianflow.curvature.noise_scale import NoiseScaleResult, noise_scale
 from hessianflow.curvature.operator import CallableOperator, NonFiniteError, Operator
 from hessianflow.curvature.probe import CurvatureProbe
 from hessianflow.curvature.results import DiagonalResult, EigenResult, TraceResult
@@ -25,8 +27,10 @@ __all__ = [
     "HessianOperator",
     "LandscapeSlice",
     "LayerSpectrum",
+    "NoiseScaleResult",
     "NonFiniteError",
     "Operator",
+    "RatioEstimate",
     "SecondOpinion",
     "Share",
     "SignShares",
@@ -38,6 +42,7 @@ __all__ = [
     "frobenius_norm",
     "gradient_overlap",
     "loss_landscape",
+    "noise_scale",
     "second_opinion",
     "spectral_density",
     "spectrum_report",

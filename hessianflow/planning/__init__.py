@@ -1,5 +1,15 @@
-"""Predictions of a run on more workers, from a model of step time and communication."""
+"""Predictions of a run on more workers, from a model of step time and communication, and branches
+of a run at several batch sizes."""
 
+from hessianflow.planning.branches import (
+    Branch,
+    SizeResult,
+    Start,
+    branch,
+    compared,
+    critical_size,
+    crossing,
+)
 from hessianflow.planning.performance import (
     AllReduceTime,
     PerformanceModel,
@@ -11,9 +21,16 @@ from hessianflow.planning.performance import (
 
 __all__ = [
     "AllReduceTime",
+    "Branch",
     "PerformanceModel",
     "Phase",
     "Prediction",
+    "SizeResult",
+    "Start",
+    "branch",
+    "compared",
+    "critical_size",
+    "crossing",
     "measure_steps",
     "predict",
 ]

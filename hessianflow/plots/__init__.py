@@ -5,6 +5,7 @@ run, a folder that is no run directory, a damaged file, and a path that cannot b
 """
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
+from hessianflow.plots.critical_batch import critical_batch
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline
 from hessianflow.plots.html import report
 from hessianflow.plots.landscape import landscape
@@ -22,6 +23,7 @@ __all__ = [
     "commit_timeline",
     "compare",
     "compare_table",
+    "critical_batch",
     "curvature_trajectory",
     "has_workers",
     "landscape",

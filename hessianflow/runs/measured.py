@@ -42,7 +42,7 @@ def keep_spectrum(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     if earlier is not None and _of_one_function(earlier, measured):
         write_json(path, _joined(earlier, measured))
         return None
-    moved = _moved_aside(path)
+    moved = moved_aside(path)
     write_json(path, measured)
     return moved
 
@@ -58,7 +58,7 @@ def keep_robustness(folder: Path, measured: Mapping[str, Any]) -> Path | None:
     path = folder / ROBUSTNESS
     moved = None
     if earlier is None or not _is_covered(earlier, measured):
-        moved = _moved_aside(path)
+        moved = moved_aside(path)
     write_json(path, measured)
     return moved
 
@@ -97,7 +97,7 @@ def _is_covered(earlier: RobustnessFile, measured: Mapping[str, Any]) -> bool:
     )
 
 
-def _moved_aside(path: Path) -> Path | None:
+def moved_aside(path: Path) -> Path | None:
     """Give a file the first free name like spectrum-1.json; return None if there is no file."""
     if not path.is_file():
         return None
