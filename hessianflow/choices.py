@@ -31,19 +31,29 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     Raises:
         HessianFlowError: The optimizer refuses an option or the model, or is none of torch's.
     """
-    kind = KINDS["optimizer"]
-    groups_of = getattr(find(kind, innermost(config.optimizer).name, kind.name), "groups_of", None)
-    if groups_of is None:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-    else:
-        parameters = groups_of(model)
-    optimizer = make(kind, config.optimizer, params=parameters, lr=config.lr, model=model)
+    parameters = parameters_for(config.optimizer, model)
+    optimizer = make(
+        KINDS["optimizer"], config.optimizer, params=parameters, lr=config.lr, model=model
+    )
     if not isinstance(optimizer, Optimizer):
         raise HessianFlowError(
             f"--optimizer {config.optimizer.name} must make a torch.optim.Optimizer, got a"
             f" {type(optimizer).__name__}"
         )
     return optimizer
+
+
+def parameters_for(optimizer: Choice, model: nn.Module) -> list[Any]:
+    """Return the trainable parameters of a model, in the groups that an optimizer asks for.
+
+    An optimizer that wraps another (SAM) gets those of the other.
+    """
+    kind = KINDS["optimizer"]
+    groups_of = getattr(find(kind, innermost(optimizer).name, kind.name), "groups_of", None)
+    if groups_of is None:
+        return [p for p in model.parameters() if p.requires_grad]
+    groups: list[Any] = groups_of(model)
+    return groups
 
 
 def build_scheduler(

@@ -28,7 +28,7 @@ from hessianflow.control import CONTROLLERS
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim import OPTIMIZERS, SCHEDULES
-from hessianflow.options import Option, options_of, parameters_of
+from hessianflow.options import Option, options_of, parameters_of, required_of
 from hessianflow.user_code import attribute
 
 
@@ -199,6 +199,7 @@ def complete(
     """
     method = find(kind, chosen.name, where)
     known = method_options(kind, chosen.name, where)
+    _check_supply(kind, chosen.name, where, known)
     values = {name: option.default for name, option in known.items() if not option.is_required}
     values |= kind.defaults.get(chosen.name, {})
     values |= usual.get(chosen.name, {})
@@ -218,6 +219,18 @@ def complete(
     if reason := _said(method, "refuses", run, values):
         raise HessianFlowError(f"--{where} {chosen.name}: {reason}")
     return Choice(chosen.name, {name: values[name] for name in known})
+
+
+def _check_supply(kind: Kind, name: str, where: str, known: Mapping[str, Option]) -> None:
+    """Refuse a constructor with a parameter that neither the run nor an option can fill."""
+    given = known.keys() | kind.supplied
+    lacking = [needed for needed in required_of(find(kind, name, where)) if needed not in given]
+    if lacking:
+        raise HessianFlowError(
+            f"--{where} {name} needs {' and '.join(lacking)}, which no option can hold: write a"
+            f" function that makes it from what it names of {', '.join(sorted(kind.supplied))}, and"
+            f" give --{where} module:function"
+        )
 
 
 def _said(method: Any, question: str, run: RunFacts, options: Mapping[str, Any]) -> Any:
@@ -259,7 +272,8 @@ def make(kind: Kind, chosen: Choice, where: str | None = None, **supplied: Any) 
         return method(**arguments)
     except HessianFlowError as error:
         raise HessianFlowError(f"--{where} {chosen.name}: {error}") from None
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # constructors of other packages may raise anything
         if method.__module__.startswith("hessianflow."):  # a defect of ours needs its traceback
             raise
-        raise HessianFlowError(f"--{where} {chosen.name}: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise HessianFlowError(f"--{where} {chosen.name}: {reason}") from error

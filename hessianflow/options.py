@@ -5,6 +5,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -45,6 +46,8 @@ class Option:
             HessianFlowError: The value has another type, or is not finite, or is so large that
                 products of a few overflow; the error names the option `where`.
         """
+        if isinstance(value, Enum):  # a default that a class has under a name of its own
+            value = value.value
         check_type(where, value, self.hint)
         check_size(where, value, MOST if not _holds(self.hint, float) else LARGEST)
         if self.hint is float and value is not None:
@@ -69,6 +72,15 @@ def _number(key: Any) -> Any:
 def parameters_of(method: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a constructor or function by name."""
     return inspect.signature(method).parameters
+
+
+def required_of(method: Any) -> list[str]:
+    """Return the parameters without which a constructor or function cannot be called."""
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = parameters_of(method).values()
+    return [
+        each.name for each in parameters if each.default is each.empty and each.kind not in free
+    ]
 
 
 @cache
@@ -110,7 +122,12 @@ def _guessed(parameter: inspect.Parameter) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    """Return the kind of method that a parameter chooses; empty if it chooses none."""
+    """Return the kind of method that a parameter chooses; empty if it chooses none.
+
+    A parameter that is to be a class of optimizers, not an optimizer, chooses none.
+    """
+    if get_origin(hint) is type:
+        return ""
     named = [getattr(part, "__name__", "") for part in (hint, *get_args(hint))]
     return next((KINDS_BY_TYPE[name] for name in named if name in KINDS_BY_TYPE), "")
 

@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments: list[str], words: str
         ),
         (
             ["--optimizer", "adamw", "--optimizer.momentum", "0.5"],
-            "--optimizer.momentum is an option of sgd and lars and clars, not of adamw",
+            "--optimizer.momentum is an option of sgd and lars and clars and muon, not of adamw",
         ),
         (
             ["--data", "cifar10", "--optimizer", "lamb"],
@@ -338,14 +338,15 @@ def test_a_mistake_in_a_file_names_the_file(content: str, words: str, capsys):
     assert len(err) < 400
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lars", "clars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lars", "clars", "lamb", "muon"])
 def test_an_optimizer_has_a_rate_of_its_own(optimizer: str):
     """Not SGD's 0.05; on digits all have one, measured; and where the noise follows the root, the
     rate does."""
     config = resolve(TrainConfig(optimizer=optimizer))  # type: ignore[arg-type]
     assert config.lr is not None
     assert config.lr != 0.05
-    assert config.lr_rule == ("sqrt" if optimizer in ("adam", "adamw", "lamb") else None)
+    follows_the_root = optimizer in ("adam", "adamw", "lamb", "muon")
+    assert config.lr_rule == ("sqrt" if follows_the_root else None)
     own = resolve(TrainConfig(optimizer=optimizer, lr=0.05, lr_rule="linear"))  # type: ignore[arg-type]
     assert (own.lr, own.lr_rule) == (0.05, "linear")
 

@@ -252,7 +252,7 @@ PAIRS: Mapping[str, Sequence[Any]] = {
         "dual-batch",
     ),
     "adversary": ("none", "pgd", "conadv", "reuse"),
-    "optimizer": ("adamw", "lars", "clars", "lamb", "sam"),
+    "optimizer": ("adamw", "lars", "clars", "lamb", "muon", "sam"),
     "schedule": ("constant", "cosine", "cooldown", "polynomial"),
     "curvature": ("off", "needed"),
     "resolution": ("cyclic", "once"),

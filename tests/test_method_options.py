@@ -139,7 +139,7 @@ def test_help_shows_the_options_of_what_was_chosen_and_of_nothing_else(
             "use --optimizer.weight-decay with --optimizer sgd or adam or adamw",
         ),
         ("--controller criticl", "unknown controller 'criticl' (did you mean critical?)"),
-        ("--optimizer muonn", "--optimizer: unknown optimizer 'muonn'; there are sgd, adam, adamw"),
+        ("--optimizer soap", "--optimizer: unknown optimizer 'soap'; there are sgd, adam, adamw"),
         (
             "--controller critical --controller.edge-share 2",
             "--controller critical: edge_share must be a finite number > 0 and <= 1, got 2.0",

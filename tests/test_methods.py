@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hessianflow.choices import build_observers
+from hessianflow.choices import build_observers, parameters_for
 from hessianflow.commands.settings import commented
 from hessianflow.commands.yaml_text import load_value, read_settings
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, from_dict, to_dict
@@ -79,6 +79,8 @@ def made(kind: str, name: str, batches: DeviceBatches | None = None, **given: An
     }
     model = network()
     supplied |= {"params": list(model.parameters()), "model": model}
+    if kind == "optimizer":
+        supplied["params"] = parameters_for(chosen(kind, name), model)
     return make(KINDS[kind], chosen(kind, name, **given), **supplied)
 
 
@@ -382,7 +384,7 @@ def test_an_optimizer_goes_on_where_it_was(name: str) -> None:
     def pair() -> tuple[nn.Module, Any]:
         model = network()
         whole = chosen("optimizer", name)
-        supplied = {"params": list(model.parameters()), "model": model, "lr": 0.05}
+        supplied = {"params": parameters_for(whole, model), "model": model, "lr": 0.05}
         return model, make(KINDS["optimizer"], whole, **supplied)
 
     model, whole = pair()

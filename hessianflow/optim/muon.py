@@ -135,15 +135,20 @@ class Muon(CheckedOptimizer):
     ) -> None:
         check_choice("form", form, get_args(Form))
         check_choice("rest", rest, get_args(Rest))
+        if rest_rate is None:
+            rest_rate = _rest_rate(form, rest)
         check_number("unnormalised_rate", unnormalised_rate)
+        check_number("rest_rate", rest_rate)
+        check_number("rest_momentum", rest_momentum, below=1)
+        check_number("rest_decay", rest_decay)
+        check_number("eps", eps)
+        check_betas(betas)
         matrices = {
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "precision": precision,
         }
-        if rest_rate is None:
-            rest_rate = _rest_rate(form, rest)
         others: dict[str, Any] = {"rate_factor": rest_rate, "weight_decay": rest_decay}
         if rest == "sgd":
             others["momentum"] = rest_momentum
