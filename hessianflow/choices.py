@@ -1,7 +1,7 @@
 """Builders of the objects that a trainer is made of, by the names in a resolved configuration."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
