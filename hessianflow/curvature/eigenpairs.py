@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hessianflow.checks import check_choice, check_count
+from hessianflow.curvature.checks import check_search
 from hessianflow.curvature.evidence import COLD, WARM
 from hessianflow.curvature.lanczos import lanczos
 from hessianflow.curvature.power_iteration import power_iteration
@@ -117,17 +118,6 @@ def _start(operator: LinearOperator, v0: Tensor | None, source: torch.Generator)
     columns = normalised(columns)
     first = columns[:, :1] + noise * (RANDOM_SHARE / noise.norm())
     return torch.cat([first, columns[:, 1:]], dim=1)
-
-
-def check_search(k: int, which: Which, tol: float, max_matvecs: int | None) -> None:
-    """Raise HessianFlowError if an argument of a search for eigenpairs is out of range."""
-    check_count("k", k)
-    check_choice("which", which, get_args(Which))
-    if not tol > 0:
-        raise HessianFlowError(f"tol must be positive, got {tol}")
-    # "not at least" rather than "below" refuses nan, with which the search would never end.
-    if max_matvecs is not None and not max_matvecs >= 1:
-        raise HessianFlowError(f"max_matvecs must be at least 1 or None, got {max_matvecs}")
 
 
 def _check(

@@ -22,13 +22,7 @@ from hessianflow.interfaces import LinearOperator
 
 
 def power_iteration(
-    operator: LinearOperator,
-    k: int,
-    *,
-    which: Which,
-    tol: float,
-    max_matvecs: int,
-    start: Tensor,
+    operator: LinearOperator, k: int, *, which: Which, tol: float, max_matvecs: int, start: Tensor
 ) -> EigenResult:
     """Return the k most wanted eigenpairs, from one start vector for each, shape [size, k].
 
@@ -80,12 +74,7 @@ class _Pair:
 
 
 def _iterate(
-    operator: LinearOperator,
-    start: Tensor,
-    known: Tensor,
-    shift: float,
-    tol: float,
-    budget: int,
+    operator: LinearOperator, start: Tensor, known: Tensor, shift: float, tol: float, budget: int
 ) -> _Pair:
     """Return the leading pair of the shifted operator without the `known` columns."""
     following = start

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
 from hessianflow.checks import check_count
-from hessianflow.curvature.eigenpairs import check_search, top_eigenpairs
+from hessianflow.curvature.checks import check_search
+from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.measurable import check_options
 from hessianflow.curvature.operator import NonFiniteError

@@ -5,11 +5,6 @@ folded into convolutions, separate statistics for adversarial examples, statisti
 """
 
 from hessianflow.normalisation.recalibrate import recalibrate
-from hessianflow.normalisation.split import (
-    clean_rows,
-    is_split,
-    merge_batch_norm,
-    split_batch_norm,
-)
+from hessianflow.normalisation.split import clean_rows, is_split, merge_batch_norm, split_batch_norm
 
 __all__ = ["clean_rows", "is_split", "merge_batch_norm", "recalibrate", "split_batch_norm"]

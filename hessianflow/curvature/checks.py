@@ -1,0 +1,18 @@
+"""Argument checks that the eigensolvers share with the probe, which makes them before a run."""
+
+from typing import get_args
+
+from hessianflow.checks import check_choice, check_count
+from hessianflow.curvature.results import Which
+from hessianflow.interfaces import HessianFlowError
+
+
+def check_search(k: int, which: Which, tol: float, max_matvecs: int | None) -> None:
+    """Raise HessianFlowError if an argument of a search for eigenpairs is out of range."""
+    check_count("k", k)
+    check_choice("which", which, get_args(Which))
+    if not tol > 0:
+        raise HessianFlowError(f"tol must be positive, got {tol}")
+    # "not at least" rather than "below" refuses nan, with which the search would never end.
+    if max_matvecs is not None and not max_matvecs >= 1:
+        raise HessianFlowError(f"max_matvecs must be at least 1 or None, got {max_matvecs}")
