@@ -3,10 +3,12 @@
 from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.fisher import FisherOperator
+from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
 from hessianflow.curvature.ggn import GGNOperator
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import LandscapeSlice, gradient_overlap, loss_landscape
 from hessianflow.curvature.operator import CallableOperator, NonFiniteError, Operator
+from hessianflow.curvature.preconditioned import PreconditionedOperator
 from hessianflow.curvature.probe import CurvatureProbe
 from hessianflow.curvature.results import DiagonalResult, EigenResult, TraceResult
 from hessianflow.curvature.second_opinion import Comparison, SecondOpinion, second_opinion
@@ -27,6 +29,8 @@ __all__ = [
     "LayerSpectrum",
     "NonFiniteError",
     "Operator",
+    "OptimizerGeometry",
+    "PreconditionedOperator",
     "SecondOpinion",
     "Share",
     "SignShares",
@@ -38,6 +42,7 @@ __all__ = [
     "frobenius_norm",
     "gradient_overlap",
     "loss_landscape",
+    "optimizer_geometry",
     "second_opinion",
     "spectral_density",
     "spectrum_report",
