@@ -1,5 +1,6 @@
 """Hessian, Gauss-Newton and Fisher products, and estimates that need nothing but products."""
 
+from hessianflow.curvature.critical_rate import CriticalRate, critical_rate
 from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.fisher import FisherOperator
@@ -19,6 +20,7 @@ from hessianflow.curvature.trace import diagonal, frobenius_norm, trace
 __all__ = [
     "CallableOperator",
     "Comparison",
+    "CriticalRate",
     "CurvatureProbe",
     "DiagonalResult",
     "EigenResult",
@@ -38,6 +40,7 @@ __all__ = [
     "SpectralDensity",
     "SpectrumReport",
     "TraceResult",
+    "critical_rate",
     "diagonal",
     "frobenius_norm",
     "gradient_overlap",

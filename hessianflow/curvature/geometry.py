@@ -137,8 +137,7 @@ def optimizer_geometry(optimizer: Optimizer) -> OptimizerGeometry:
     """
     base, notes = stepped_base(optimizer)
     rates = tuple(rate_of(group) for group in base.param_groups)
-    # nan must not pass as 0: the share is then nan, too.
-    position = next((i for i, rate in enumerate(rates) if rate > 0 or math.isnan(rate)), 0)
+    position = _reference(rates)
     trainable = _trainable(base)
     scalings, note = _scalings_of(base)
     if note:
@@ -158,6 +157,22 @@ def optimizer_geometry(optimizer: Optimizer) -> OptimizerGeometry:
         parameters=trainable,
         _scalings=relative,
     )
+
+
+def reference_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate of the first group whose rate is not 0; 0 if there is none.
+
+    Raises:
+        HessianFlowError: it is no optimizer.
+    """
+    base, _ = stepped_base(optimizer)
+    rates = [rate_of(group) for group in base.param_groups]
+    return rates[_reference(rates)]
+
+
+def _reference(rates: Sequence[float]) -> int:
+    # nan must not pass as 0: shares are then nan, too.
+    return next((i for i, rate in enumerate(rates) if rate > 0 or math.isnan(rate)), 0)
 
 
 def stepped_base(optimizer: Optimizer) -> tuple[Optimizer, list[str]]:

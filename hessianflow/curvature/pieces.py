@@ -26,6 +26,7 @@ class Piece(NamedTuple):
         claims: returns what differences.py can check.
         graph: facts read from the nodes of the graph.
         missing: indices of the selected parameters that have no gradient.
+        gradient: the gradient, shape [size], where the graph holds it.
     """
 
     loss: Tensor
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     claims: Callable[[], Linearised] | None = None
     graph: Graph = Graph()
     missing: tuple[int, ...] = ()
+    gradient: Tensor | None = None
 
 
 class Kept(NamedTuple):
