@@ -26,15 +26,16 @@ units, which no second derivative sees, add 5 to 25 % to it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from hessianflow.checks import check_choice
+from hessianflow.curvature.crossing import crossing
 from hessianflow.curvature.displacement import displacement
 from hessianflow.curvature.geometry import ALONG, reference_rate
 from hessianflow.curvature.hessian import HessianOperator
@@ -49,12 +50,6 @@ MOST_TRIALS = 7
 """Most passes for the root, so that those at the weights and to both sides of them make ten."""
 ASIDE = 0.02
 """Distance of the passes to both sides of the weights, in critical rates. Our choice."""
-WIDEST = 10.0
-"""Largest factor between two trials: a curvature taken from a short step is mostly rounding."""
-NARROWEST = 1.5
-"""Smallest factor between two trials while no trial is beyond the root. Our choice."""
-NEAR = 0.01
-"""A trial is the root if the function is below this share of its value at 0. Our choice."""
 CLIMBS = "the update climbs"
 FALLS = "the loss only falls along the update"
 ROUNDINGS = 32
@@ -111,6 +106,28 @@ class CriticalRate:
     def edge_share(self) -> float:
         """Return the share of the critical rate in use."""
         return self.rate * self.sharpness / ALONG
+
+
+@runtime_checkable
+class UpdateOperator(Protocol):
+    """A Hessian of a model's weights that gives the gradient with it."""
+
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """Return the parameters in the order of the vectors."""
+        ...
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector of shape [size]."""
+        ...
+
+    def kept_gradient(self) -> Tensor:
+        """Return the gradient, shape [size], from the graph of the products."""
+        ...
 
 
 def critical_rate(
@@ -174,39 +191,56 @@ def critical_rate(
         check_deterministic=False,
     )
     try:
-        return critical_rate_on(operator, unwrap(model), optimizer, form, use_grad=use_grad)
+        rate = reference_rate(optimizer)
+        if use_grad:
+            gradient = held_gradient(operator)
+        elif form == "product":
+            gradient = operator.kept_gradient()
+        else:
+            gradient = operator.gradient()
+        along = _along(operator, unwrap(model), optimizer, gradient)
+        del gradient
+        if along.note:
+            return CriticalRate(rate, math.nan, along.slope, math.nan, note=along.note)
+        if form == "forward":
+            return _by_passes(operator, along.moved, rate, along.slope)
+        return _by_product(operator, along.moved, rate, along.slope)
     finally:
         operator.release()
 
 
 def critical_rate_on(
-    operator: HessianOperator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    form: Form = "product",
-    *,
-    use_grad: bool = False,
+    operator: UpdateOperator, model: nn.Module, optimizer: Optimizer
 ) -> CriticalRate:
-    """Return the critical rate of the loss of an operator, along the optimizer's next update."""
+    """Return the critical rate of an operator's loss by one product, as :func:`critical_rate`."""
     rate = reference_rate(optimizer)
-    if use_grad:
-        gradient = held_gradient(operator)
-    elif form == "product":
-        gradient = operator.kept_gradient()
-    else:
-        gradient = operator.gradient()
+    along = _along(operator, model, optimizer, operator.kept_gradient())
+    if along.note:
+        return CriticalRate(rate, math.nan, along.slope, math.nan, note=along.note)
+    return _by_product(operator, along.moved, rate, along.slope)
+
+
+class _Along(NamedTuple):
+    """A displacement, its product with the gradient, and why it cannot be measured along."""
+
+    moved: Tensor
+    slope: float
+    note: str
+
+
+def _along(
+    operator: UpdateOperator, model: nn.Module, optimizer: Optimizer, gradient: Tensor
+) -> _Along:
     with measuring(model), estimating(operator):
         moved = displacement(optimizer, operator.parameters, gradient)
         slope = float(torch.dot(gradient, moved))
         length = float(moved.norm())
-    if not math.isfinite(slope) or not math.isfinite(length):
-        return CriticalRate(rate, math.nan, slope, math.nan, note="the update is not finite")
+    note = ""
     if length == 0:
-        return CriticalRate(rate, math.nan, slope, 0.0, note="the update is zero")
-    if form == "forward":
-        del gradient
-        return _by_passes(operator, moved, rate, slope)
-    return _by_product(operator, moved, rate, slope)
+        note = "the update is zero"
+    if not math.isfinite(slope) or not math.isfinite(length):
+        note = "the update is not finite"
+    return _Along(moved, slope, note)
 
 
 def held_gradient(operator: HessianOperator) -> Tensor:
@@ -224,9 +258,7 @@ def held_gradient(operator: HessianOperator) -> Tensor:
     return flatten(gradients, operator.parameters, operator.dtype)
 
 
-def _by_product(
-    operator: HessianOperator, moved: Tensor, rate: float, slope: float
-) -> CriticalRate:
+def _by_product(operator: UpdateOperator, moved: Tensor, rate: float, slope: float) -> CriticalRate:
     product = operator.matvec(moved)
     with estimating(operator):
         curvature = float(torch.dot(moved, product))
@@ -300,56 +332,3 @@ class _Line:
         share = max(ASIDE, min(0.5, math.sqrt(self._rounding / fall)))
         scale = share * critical
         return (self._change(scale) + self._change(-scale)) / scale**2
-
-
-def crossing(function: Callable[[float], float], at_zero: float, most: int) -> float:
-    """Return where a function that is negative at 0 turns positive, or inf.
-
-    Args:
-        function: of a positive number; on a quadratic loss it is a straight line.
-        at_zero: its value at 0, which is negative.
-        most: most calls.
-    """
-    low = 0.0
-    below = at_zero  # the function at low, halved each time that the other end moves alone
-    high = math.inf
-    above = math.inf
-    trial = 1.0
-    for _ in range(most):
-        value = function(trial)
-        if abs(value) <= NEAR * -at_zero:
-            return trial
-        if value < 0:
-            if high < math.inf:
-                above /= 2
-            low = trial
-            below = value
-        else:
-            if high < math.inf:
-                below /= 2
-            high = trial
-            above = value
-        trial = _next(low, below, high, above, at_zero)
-    if high == math.inf:
-        return math.inf
-    return trial
-
-
-def _next(low: float, below: float, high: float, above: float, at_zero: float) -> float:
-    """Return the next trial within the bracket, or beyond its open end."""
-    if high == math.inf:
-        # The line through the values at 0 and at low.
-        rise = below - at_zero
-        reach = WIDEST
-        if rise > 0:
-            reach = min(max(-at_zero / rise, NARROWEST), WIDEST)
-        return low * reach
-    if above == math.inf:
-        if low == 0:
-            return high / WIDEST
-        return math.sqrt(low * high)
-    return _root(low, below, high, above)
-
-
-def _root(low: float, below: float, high: float, above: float) -> float:
-    return low + (high - low) * below / (below - above)

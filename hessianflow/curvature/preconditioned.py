@@ -36,7 +36,7 @@ class PreconditionedOperator(Operator):
         >>> adam.step()  # P is now diag(10, 1)
         >>> hessian = CallableOperator(lambda v: torch.tensor([20.0, 3.0]) * v, 2)
         >>> seen = PreconditionedOperator(hessian, optimizer_geometry(adam))
-        >>> top_eigenpairs(seen, which="LA").values
+        >>> top_eigenpairs(seen, which="LA", seed=0).values
         tensor([3.0000])
     """
 

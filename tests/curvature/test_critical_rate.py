@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessianflow.curvature import HessianOperator, NonFiniteError, critical_rate
-from hessianflow.curvature.critical_rate import crossing
+from hessianflow.curvature.crossing import crossing
 from hessianflow.curvature.displacement import BY_TENSOR, displacement
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.models.catalogue import create
