@@ -8,6 +8,8 @@ from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
 from hessianflow.curvature.ggn import GGNOperator
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.landscape import LandscapeSlice, gradient_overlap, loss_landscape
+from hessianflow.curvature.noise_ratio import RatioEstimate
+from hessianflow.curvature.noise_scale import NoiseScaleResult, noise_scale
 from hessianflow.curvature.operator import CallableOperator, NonFiniteError, Operator
 from hessianflow.curvature.preconditioned import PreconditionedOperator
 from hessianflow.curvature.probe import CurvatureProbe
@@ -29,10 +31,12 @@ __all__ = [
     "HessianOperator",
     "LandscapeSlice",
     "LayerSpectrum",
+    "NoiseScaleResult",
     "NonFiniteError",
     "Operator",
     "OptimizerGeometry",
     "PreconditionedOperator",
+    "RatioEstimate",
     "SecondOpinion",
     "Share",
     "SignShares",
@@ -45,6 +49,7 @@ __all__ = [
     "frobenius_norm",
     "gradient_overlap",
     "loss_landscape",
+    "noise_scale",
     "optimizer_geometry",
     "second_opinion",
     "spectral_density",

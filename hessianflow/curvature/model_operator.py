@@ -129,6 +129,17 @@ class ModelOperator(Operator):
         product, weight = self._mean_product(vector)
         return product * weight, weight
 
+    def on(self, data: Any) -> "ModelOperator":
+        """Return the operator of the same loss on other data, a part of a larger batch.
+
+        It shares the checks of this one, which are therefore not made again for every part.
+        """
+        twin = copy.copy(self)
+        twin._data = ForwardedData(data, self.microbatch_size, self.device, self._loss)
+        twin._kept = twin._snapshot = None
+        twin.is_part = True
+        return twin
+
     def release(self) -> None:
         """Free the kept graph; the next product builds it again, whatever has changed."""
         self._kept = None
@@ -172,6 +183,11 @@ class ModelOperator(Operator):
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss by the selected parameters, shape [size]."""
+        total, weight = self.weighted_gradient()
+        return total.div_(counted(weight))
+
+    def weighted_gradient(self) -> tuple[Tensor, float]:
+        """Return (W g, W), as :meth:`weighted_product`; W is 0 where no target counts."""
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         whole = 0.0
         with self._measuring() as model:
@@ -183,7 +199,7 @@ class ModelOperator(Operator):
                 check_reached(grads)
                 total.add_(flatten(grads, self.parameters, self.dtype), alpha=weight)
                 whole += weight
-        return total.div_(counted(whole))
+        return total, whole
 
     def _product(self, vector: Tensor) -> Tensor:
         return self._mean_product(vector)[0]

@@ -1,0 +1,340 @@
+"""The gradient noise scale with curvature: the batch beyond which more examples help little.
+
+Reference: McCandlish, Kaplan, Amodei, An empirical model of large-batch training, 2018
+(arXiv:1812.06162). On a quadratic model of the loss, a step of B examples at its best rate gains
+1 / (1 + B_noise / B) of what the step along the true gradient G gains, with
+
+    B_noise = tr(H C) / (G.HG),
+
+where C is the covariance of the gradient of one example. The usual form, tr(C) / |G|^2, takes the
+Hessian for a multiple of the identity. An optimizer that steps along u = P^-1 g in place of g has
+u in place of g in both forms.
+
+The data are cut into parts. Each part gives one gradient, and two products of its Hessian with
+gradients of other parts; noise_ratio.py says how unbiased estimates and their errors follow. A
+product runs over one part only, so the whole costs about 6.5 gradients of all data, or three
+products.
+
+An update that is not linear in the gradient (Muon, signs) has no noise per example. Then u is that
+of a part, and the result holds for batches as large as a part: with n examples in a part,
+1 + B_noise / n is E[u.Hu] / (E[u].H E[u]).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessianflow.batches import num_examples, split
+from hessianflow.checks import check_count
+from hessianflow.curvature.hessian import HessianOperator
+from hessianflow.curvature.model_operator import ModelOperator
+from hessianflow.curvature.noise_ratio import PartProducts, RatioEstimate
+from hessianflow.curvature.operator import NonFiniteError
+from hessianflow.curvature.selection import Selection, batches_of, checked_batches, single_batch
+from hessianflow.curvature.vectors import flatten
+from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+
+PARTS = 32
+"""Parts that one batch is cut into. This default is our choice: with fewer, the error itself is
+uncertain; with more, passes are less efficient."""
+
+LEAST_PARTS = 4
+"""Fewest parts: each needs two others to compare, and an error needs some to spare."""
+
+REPEATS = 1e-3
+"""Relative difference between the squared lengths of a part's gradient in two passes, above which
+they count as those of different examples. Our choice, far above rounding."""
+
+CHANGED = (
+    "the gradients changed between two passes over the data: pass a list of batches, or a loader"
+    " that neither shuffles nor augments"
+)
+
+Update = Sequence[Tensor] | Callable[[list[Tensor]], Sequence[Tensor]]
+"""Factors for the gradient, one tensor in the shape of each selected parameter; or a function from
+gradients in those shapes to updates."""
+
+
+@dataclass(frozen=True)
+class NoiseScaleResult:
+    """The noise scale of a model's loss over some data.
+
+    Attributes:
+        with_curvature: tr(H C) / (U.HU), with U the mean update.
+        simple: tr(C) / |U|^2 from the same gradients.
+        num_examples: examples measured.
+        num_parts: independent gradients among them.
+        matvecs: products, each with the Hessian of one part.
+    """
+
+    with_curvature: RatioEstimate
+    simple: RatioEstimate
+    num_examples: int
+    num_parts: int
+    matvecs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "with_curvature": self.with_curvature.to_dict(),
+            "simple": self.simple.to_dict(),
+            "num_examples": self.num_examples,
+            "num_parts": self.num_parts,
+            "matvecs": self.matvecs,
+        }
+
+
+def noise_scale(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    update: Update | None = None,
+    parts: int | None = None,
+    params: Selection = None,
+    microbatch_size: int | None = None,
+    norm_mode: NormMode = "eval",
+) -> NoiseScaleResult:
+    """Measure the gradient noise scale in examples, with the Hessian and without.
+
+    Numerators and denominators are unbiased, and the ratios have error bars. The model is left
+    unchanged. In memory there are about ten vectors as large as the selected parameters, of which
+    the products themselves take six, and the graph of one pass, however many examples there are.
+
+    Args:
+        model: the model.
+        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for dict batches; any
+            reduction, with the divisor of its mean as the weight of a part.
+        data: one batch, which is cut into parts, or a re-iterable of batches in a fixed order, each
+            of which is a part. Parts must be independent, as those of shuffled data are.
+        update: what the optimizer makes of a gradient: factors by which it multiplies each
+            parameter's gradient, such as 1 / (sqrt(v) + eps) of Adam, or a function. The function
+            gets a list of tensors in the shapes of the selected parameters, which it may
+            overwrite. None: the gradient itself, as for SGD.
+        parts: number of parts of a single batch; default: 32. There are fewer where a part would
+            hold a single example.
+        params: trainable parameters to differentiate by; see ModelOperator.
+        microbatch_size: examples per pass; None: a part in one pass.
+        norm_mode: batch-normalisation statistics.
+
+    Raises:
+        HessianFlowError: there are fewer than 4 parts with targets that count; the data change from
+            one pass to the next; the update has other shapes than the parameters, or is not finite;
+            or as HessianOperator.
+
+    Example:
+        >>> source = torch.Generator().manual_seed(0)
+        >>> inputs = torch.randn(512, 4, generator=source)
+        >>> targets = inputs.sum(1, keepdim=True) + torch.randn(512, 1, generator=source)
+        >>> scale = noise_scale(nn.Linear(4, 1), nn.MSELoss(), (inputs, targets))
+        >>> scale.with_curvature.is_known and 0 < scale.with_curvature.value < 100
+        True
+    """
+    whole = HessianOperator(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        microbatch_size=microbatch_size,
+        norm_mode=norm_mode,
+    )
+    ring = _Ring(whole, _parts_of(data, parts), _updater(update, whole.parameters, whole.dtype))
+    with_curvature, simple = ring.products()
+    per_weight = ring.examples / ring.weight
+    return NoiseScaleResult(
+        with_curvature.ratio(per_weight),
+        simple.ratio(per_weight),
+        ring.examples,
+        len(simple.noise),
+        2 * len(simple.noise),
+    )
+
+
+class _Ring:
+    """The parts in their order, of which the last is followed by the first.
+
+    Args:
+        whole: operator on all data, whose checks the operators of the parts share.
+        parts: returns the batches; called twice.
+        update: what is done to a flat gradient.
+
+    Attributes:
+        examples: examples in all parts, once they were read.
+        weight: weight of all parts, once they were read.
+    """
+
+    def __init__(
+        self,
+        whole: ModelOperator,
+        parts: Callable[[], Iterable[Any]],
+        update: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._whole = whole
+        self._parts = parts
+        self._update = update
+        self.examples = 0
+        self._weights: list[float] = []
+        self._squares: list[Tensor] = []
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of all parts that were read."""
+        return sum(self._weights)
+
+    def products(self) -> tuple[PartProducts, PartProducts]:
+        """Return the products of all parts, with the Hessian and without."""
+        total, last = self._first_pass()
+        weights = torch.tensor([w for w in self._weights if w > 0], dtype=torch.float64)
+        if len(weights) < LEAST_PARTS:
+            raise HessianFlowError(
+                f"the noise scale needs at least {LEAST_PARTS} parts with targets that count, got"
+                f" {len(weights)}: pass more examples, or cut them into more parts"
+            )
+        rows = list(self._second_pass(total, last, weights.tolist()))
+        if len(rows) != len(weights):
+            raise HessianFlowError(CHANGED)
+        # The host waits for the device here, once in all.
+        numbers = torch.cat([torch.stack(rows), torch.stack(self._squares)[:, None]], dim=1)
+        squared = float((total @ total).cpu()) / self.weight**2
+        return _products(numbers.cpu().double(), weights, squared)
+
+    def _first_pass(self) -> tuple[Tensor, Tensor]:
+        """Note weights and squares; return the weighted sum of all updates, and the last one."""
+        total = torch.zeros(self._whole.size, dtype=self._whole.dtype, device=self._whole.device)
+        update = total
+        for batch in self._parts():
+            self.examples += num_examples(batch)
+            weighted, weight = self._whole.on([batch]).weighted_gradient()
+            self._weights.append(weight)
+            if weight > 0:
+                update = self._update(weighted.div_(weight))
+                total.add_(update, alpha=weight)
+                self._squares.append(update @ update)
+        return total, update
+
+    def _second_pass(
+        self, total: Tensor, before: Tensor, weights: Sequence[float]
+    ) -> Iterator[Tensor]:
+        """Yield the numbers of each part that counts, shape [6].
+
+        They are d.H d, d.H m and m.H m, then |e|^2 and e.U for the deviation e of the part's own
+        update from the others' mean, and the square of that update.
+        """
+        whole = sum(weights)
+        counting = (b for b, w in zip(self._parts(), self._weights, strict=False) if w > 0)
+        for index, (batch, own) in enumerate(zip(counting, weights, strict=False)):
+            operator = self._whole.on([batch])
+            update = self._update(operator.gradient())
+            mean = (total - own * update).div_(whole - own)
+            apart = update - mean
+            simple = [apart @ apart, apart @ total / whole, update @ update]
+            del apart
+            # The mean of all but two, from that of all but one.
+            share = weights[index - 1] / (whole - own)
+            deviation = (before - mean).div_(1 - share)
+            product = operator.matvec(deviation)
+            bent = [deviation @ product, mean @ product]
+            del deviation, product
+            row = torch.stack([*bent, mean @ operator.matvec(mean), *simple])
+            operator.release()  # a graph refers to its operator, so it would wait for a collection
+            yield row
+            before = update
+
+
+def _products(
+    numbers: Tensor, weights: Tensor, squared: float
+) -> tuple[PartProducts, PartProducts]:
+    """Return the products with the Hessian and without.
+
+    Args:
+        numbers: what the second pass yields, then the squares of the first, shape [parts, 7].
+        weights: weights of the parts.
+        squared: the square of the mean update.
+
+    Raises:
+        NonFiniteError: A number is not finite.
+        HessianFlowError: The squares of the two passes differ.
+    """
+    noise, both, signal, apart, along, again, before = numbers.unbind(1)
+    if not bool(torch.isfinite(numbers).all()):
+        raise NonFiniteError(
+            "a gradient, an update or a product is not finite; look at the weights and inputs"
+        )
+    if not torch.allclose(before, again, rtol=REPEATS, atol=0.0):
+        raise HessianFlowError(CHANGED)
+    others = weights.sum() - weights
+    gradients = weights.roll(1)
+    with_curvature = PartProducts(
+        weights=weights,
+        noise_weights=gradients,
+        noise=noise,
+        noise_variances=1 / gradients + 1 / (others - gradients),
+        signal=signal,
+        signal_variances=1 / others,
+        both=both,
+    )
+    ones = torch.ones_like(weights)
+    simple = PartProducts(
+        weights=ones,
+        noise_weights=weights,
+        noise=apart,
+        noise_variances=1 / weights + 1 / others,
+        signal=squared * ones,
+        signal_variances=ones / weights.sum(),
+        both=along,
+    )
+    return with_curvature, simple
+
+
+def _parts_of(data: Any, parts: int | None) -> Callable[[], Iterable[Any]]:
+    """Return a function that returns the parts of the data."""
+    batches = batches_of(data)
+    batch = single_batch(batches)
+    if batch is None:
+        if parts is not None:
+            raise HessianFlowError(
+                f"parts={parts} cuts one batch, but data are several: each of them is a part"
+            )
+        return lambda: checked_batches(batches)
+    check_count("parts", parts, LEAST_PARTS, str(PARTS))
+    size = -(-num_examples(batch) // (parts or PARTS))
+    return lambda: split(batch, size)
+
+
+def _updater(
+    update: Update | None, parameters: Sequence[Tensor], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Return a function from a flat gradient to a flat update."""
+    if update is None:
+        return lambda gradient: gradient
+    if not callable(update):
+        factors = _flat(list(update), parameters, dtype)
+        return lambda gradient: gradient * factors
+
+    def updated(gradient: Tensor) -> Tensor:
+        with torch.no_grad():
+            pieces = torch.split(gradient, [p.numel() for p in parameters])
+            shaped = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+            return _flat(list(update(shaped)), parameters, dtype)
+
+    return updated
+
+
+def _flat(pieces: Sequence[Tensor], parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return one flat vector, and refuse tensors that do not fit the parameters."""
+    if len(pieces) != len(parameters):
+        raise HessianFlowError(
+            f"update must have a tensor for each of the {len(parameters)} parameters, got"
+            f" {len(pieces)}"
+        )
+    for index, piece, parameter in zip(count(), pieces, parameters, strict=False):
+        if piece.shape != parameter.shape:
+            raise HessianFlowError(
+                f"update number {index} must have the shape {[*parameter.shape]} of its parameter,"
+                f" got {[*piece.shape]}"
+            )
+    return flatten([piece.detach() for piece in pieces], parameters, dtype)
