@@ -184,3 +184,27 @@ def test_a_replay_decides_by_the_recorded_threshold() -> None:
     controller = CriticalBatch(128, 1024, momentum=0.9, loss_power=None)
     result = replay(rows, controller, total_epochs=5)
     assert result.steps[0].decision.batch_size == round(128 * 1.425)
+
+
+def test_adam_trains_at_the_edge_of_its_own_geometry() -> None:
+    """Cohen et al., arXiv:2207.14484: in full-batch training the preconditioned sharpness rises to
+    the threshold over the rate and stays there. The mean of four readings; each is within a fifth.
+    """
+    source = torch.Generator().manual_seed(0)
+    inputs = torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    noise = torch.sign(torch.randn(40, 1, generator=source, dtype=torch.float64))
+    targets = torch.sin(6 * inputs) + 0.3 * noise
+    model = mlp((1, 32, 32, 1))
+    optimizer = Adam(model.parameters(), lr=0.01, betas=(0.9, 0.99))
+    probe = CurvatureProbe(
+        model, nn.MSELoss(), (inputs, targets), optimizer=optimizer, check_product=False
+    )
+    shares = []
+    for step in range(1, 901):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        if step == 5 or (step >= 600 and step % 100 == 0):
+            shares.append(probe().details["edge_share"])
+    assert shares[0] < 0.8  # it was not there from the start
+    assert all(0.8 < share < 1.2 for share in shares[1:]), shares
