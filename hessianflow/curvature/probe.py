@@ -125,6 +125,7 @@ class CurvatureProbe:
         operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
         which = which or _DEFAULT_WHICH[optimizer is not None]
+        params = listed(params)  # an iterator can be read only once
         check_search(k, which, tol, max_matvecs)
         check_options(unwrap(model), microbatch_size, norm_mode)
         check_probe(cold_every, first_matvecs, budget)
@@ -141,8 +142,8 @@ class CurvatureProbe:
         self._seed = seed
         self._check_product = check_product
         self._check_statistics = check_statistics
-        self._edge_of = partial(Edge, unwrap(model), optimizer, listed(params))
-        make = partial(operator, model, loss_fn, params=listed(params), norm_mode=norm_mode)
+        self._edge_of = partial(Edge, unwrap(model), optimizer, params)
+        make = partial(operator, model, loss_fn, params=params, norm_mode=norm_mode)
         self._operator_of = partial(make, microbatch_size=microbatch_size)
         self._search = partial(top_eigenpairs, which=which, tol=tol, extra=SPARE_VECTORS)
         self._forget()
