@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
     from hessianflow.losses import WeightedLoss
+    from hessianflow.monitoring import monitor
     from hessianflow.runs.history import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
 
@@ -50,6 +51,7 @@ __all__ = [
     "elastic",
     "keep_freed_memory",
     "models",
+    "monitor",
     "normalisation",
     "optim",
     "planning",
@@ -62,6 +64,7 @@ _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
     "History": "hessianflow.runs.history",
     "WeightedLoss": "hessianflow.losses",
+    "monitor": "hessianflow.monitoring",
     **dict.fromkeys(
         ("CurvatureReading", "Decision", "HessianFlowError", "Progress"), "hessianflow.interfaces"
     ),

@@ -76,7 +76,7 @@ def build_trainer(
         controller=controller,
         adversary=build_adversary(config, parts.train, parts.spread),
         epochs=config.epochs,
-        probe=build_probe(config, parts, transform, sharded(world)),
+        probe=build_probe(config, parts, transform, sharded(world), optimizer),
         observers=observers,
         transform=transform,
         schedule=Schedule(scheduler, unit, config.batch_size),

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from hessianflow.adversarial import InputCurvature, RobustnessWatch
 from hessianflow.choices import scaled_eps
 from hessianflow.config import RunConfig
 from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpairs
-from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT, ProbeOperator
+from hessianflow.curvature.edge import ProbeOperator
+from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
 from hessianflow.interfaces import Batch, EpochMeasurement, LinearOperator
 from hessianflow.parts import Parts, resolved_precision
 from hessianflow.training.progressive import ProgressiveResize
@@ -39,10 +41,12 @@ def build_probe(
     parts: Parts,
     transform: ProgressiveResize | None = None,
     operator: Callable[..., ProbeOperator] = HessianOperator,
+    optimizer: Optimizer | None = None,
 ) -> CurvatureProbe | None:
     """Return a probe on a fixed, un-augmented sample of the training set, or None if it is off.
 
-    The sample has the resolution that training is at.
+    The sample has the resolution that training is at. With an optimizer the probe measures the
+    sharpness that its steps meet.
     """
     if config.curvature == "off":
         return None
@@ -62,6 +66,7 @@ def build_probe(
         check_statistics=config.norm_statistics == "settled",
         seed=config.seed,
         operator=operator,
+        optimizer=optimizer,
     )
 
 

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring", "structure"},
     "measuring": {"interfaces"},
+    "monitoring": {"interfaces", "measuring", "curvature"},
     "normalisation": {"normalisation", "batches", "interfaces", "losses", "measuring"},
     "memory": set(),
     "checks": {"interfaces"},

@@ -18,9 +18,11 @@ measured once per epoch.
    growth that comes too early slows the fall of the loss, and with it the next growth.
 
 2. Stable. With momentum m and leading Hessian eigenvalue lambda, a quadratic is stable up to the
-   rate 2 (1 + m) / lambda. With u the share of that rate in use, the stationary variance of
-   momentum SGD along the leading direction is 1 / (1 - u) times its limit for small rates. To keep
-   that factor below 1 / (1 - edge_share),
+   rate 2 (1 + m) / lambda. A probe that knows the optimizer gives threshold / sharpness in its
+   place: the same for SGD, and what holds under Nesterov momentum, dampening, decay or a
+   preconditioner (curvature/geometry.py). With u the share of that rate in use, the stationary
+   variance of momentum SGD along the leading direction is 1 / (1 - u) times its limit for small
+   rates. To keep that factor below 1 / (1 - edge_share),
 
        k <= edge_share * 2 (1 + m) / (r lambda).
 
@@ -96,8 +98,8 @@ class CriticalBatch(BoundedController[CriticalState]):
         edge_share: Share of the stable learning rate that may be used, in (0, 1); null drops this
             bound, and no eigenvalue is measured. The default is our choice: it lets the noise along
             the leading direction grow at most fourfold (experiments/controllers also has 0.5 and
-            0.95). The stable rate is that of SGD with momentum, so drop the bound for an optimizer
-            that rescales its gradients (LARS, Adam, LAMB).
+            0.95). Where the probe does not know the optimizer, the stable rate is that of SGD with
+            momentum: drop the bound then for one that rescales its gradients (LARS, Adam, LAMB).
         excess_power: Power of the ratio of the two bounds by which the batch outgrows a rate that
             stability holds back, in [0, 1]. With 0, batch and rate grow alike. The default is our
             choice.
@@ -246,7 +248,7 @@ class CriticalBatch(BoundedController[CriticalState]):
         rate = measured.signals["learning_rate"] / state.lr_factor
         reading = measured.reading
         if reading is not None and _is_usable(reading):
-            state.eigenvalues = [*state.eigenvalues, reading.eigenvalue][-self.window :]
+            state.eigenvalues = [*state.eigenvalues, self._eigenvalue(reading)][-self.window :]
         if not 0 <= rate < math.inf:
             return 0.0, f"rate {rate} is negative or not finite"
         before = state.rate
@@ -265,6 +267,15 @@ class CriticalBatch(BoundedController[CriticalState]):
         bound = self.edge_share * edge / rate
         return bound, f"eigenvalue {shown} is stable up to a rate of {edge:.4g}"
 
+    def _eigenvalue(self, reading: CurvatureReading) -> float:
+        """Return the eigenvalue under which SGD with the momentum has the edge of the reading."""
+        edge = 2 * (1 + self.momentum)
+        return _sharpness(reading) * (edge / reading.details.get("threshold", edge))
+
+
+def _sharpness(reading: CurvatureReading) -> float:
+    return reading.details.get("sharpness", reading.eigenvalue)
+
 
 def _is_usable(reading: CurvatureReading) -> bool:
-    return reading.converged and reading.reliable and 0 < reading.eigenvalue < math.inf
+    return reading.converged and reading.reliable and 0 < _sharpness(reading) < math.inf

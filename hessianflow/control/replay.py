@@ -17,6 +17,8 @@ from hessianflow.interfaces.errors import HessianFlowError
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
 _SIGNALS = {"lr": "learning_rate", "train_loss": "epoch_loss"}
 """Signals that an epoch row holds, by their names in the row."""
+_DETAILS = ("sharpness", "threshold")
+"""Details of a reading by which controllers decide."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
         converged=bool(moment.get("converged", True)),
         reliable=bool(moment.get("reliable", True)),
         norm_mode=moment.get("norm_mode", "eval"),
+        details={name: moment[name] for name in _DETAILS if moment.get(name) is not None},
     )
 
 

@@ -17,6 +17,7 @@ from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.pieces import Piece
+from hessianflow.curvature.surroundings import full_precision
 from hessianflow.curvature.vectors import flatten
 
 
@@ -59,4 +60,17 @@ class HessianOperator(ModelOperator):
         mean = loss.detach()
         sizes = [parameter.numel() for parameter in self.parameters]
         missing = tuple(i for i, g in enumerate(gradients) if g is None)
-        return Piece(mean, weight, product, claims, graph, missing)
+        return Piece(mean, weight, product, claims, graph, missing, gradient.detach())
+
+    def kept_gradient(self) -> Tensor:
+        """Return the gradient, shape [size], from the graph that is kept for products.
+
+        The next product then takes no other pass. Where no graph is kept (several batches or
+        microbatches) it is computed by itself.
+        """
+        if self._can_keep and self._data.is_one_piece:
+            with full_precision():
+                gradient = self._kept_piece(self._data.single).piece.gradient
+            if gradient is not None:
+                return gradient
+        return self.gradient()

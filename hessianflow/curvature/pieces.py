@@ -24,6 +24,7 @@ class Piece(NamedTuple):
     claims: Callable[[], Linearised] | None = None  # returns what differences.py can check
     graph: Graph = Graph()
     missing: tuple[int, ...] = ()  # indices of the selected parameters that have no gradient
+    gradient: Tensor | None = None  # the gradient, shape [size], where the graph holds it
 
 
 class Kept(NamedTuple):

@@ -1,5 +1,8 @@
 """The leading eigenvalue during training: small, repeatable, warm-started, free of side effects.
 
+Given the optimizer that trains, it measures the sharpness that decides whether that one's steps are
+stable: the largest eigenvalue of P^-1 H, with the optimizer's preconditioner P (geometry.py).
+
 Each call measures the Hessian of the mean loss over the probe batch at the current weights. It
 starts from the vectors of the last call (warm_start.py), so that a few products are enough. A
 single warm reading may miss a value that has risen above the leading one since; the next calls find
@@ -14,14 +17,16 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from hessianflow.batches import num_examples
-from hessianflow.checks import check_count
-from hessianflow.curvature.checks import check_search
+from hessianflow.curvature.checks import check_probe, check_search
+from hessianflow.curvature.edge import Edge, ProbeOperator
 from hessianflow.curvature.eigenpairs import top_eigenpairs
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.measurable import check_options
@@ -32,7 +37,6 @@ from hessianflow.curvature.smoothing import SmoothedValue, Smoothing
 from hessianflow.curvature.warm_start import SPARE_VECTORS, remembered
 from hessianflow.interfaces import (
     CurvatureReading,
-    HessianFlowError,
     JudgesStatistics,
     LinearOperator,
     LossFn,
@@ -47,12 +51,7 @@ measured on a CPU with ResNet-20, products of 64 examples and steps of 128 (1.3 
 of the same batch in evaluation mode), rounded up."""
 
 
-class ProbeOperator(LinearOperator, Protocol):
-    """The operator that a probe measures, made again for each reading."""
-
-    def release(self) -> None:
-        """Free what is kept between products."""
-        ...
+_DEFAULT_WHICH: tuple[Which, Which] = ("LM", "LA")  # without an optimizer, and with one
 
 
 class CurvatureProbe:
@@ -69,7 +68,8 @@ class CurvatureProbe:
         warm_start: start from the vectors of the last reading.
         cold_every: every `cold_every`-th call starts at random, whatever the last vectors. The
             default is our choice.
-        which: "LM" largest magnitude, "LA" largest or "SA" smallest algebraic.
+        which: "LM" largest magnitude, "LA" largest or "SA" smallest algebraic; None: "LA" with an
+            optimizer, because steps along negative curvature have no edge, "LM" without.
         params: parameters to differentiate by; see HessianOperator.
         norm_mode: batch-normalisation statistics, recorded with each reading.
         microbatch_size: examples per pass; bounds memory, at about 1.4 times the time.
@@ -88,6 +88,9 @@ class CurvatureProbe:
             statistics with that under their own, and say in `reliable` whether the running ones
             have settled (normalisation/statistics.py). False takes that for granted, as the
             published code of ABSA does.
+        optimizer: the optimizer that trains. The eigenvalues are then those of its preconditioned
+            Hessian, and `details` says how near its steps are to their edge (edge.py); `note` says
+            what does not hold.
         operator: makes the measured operator, called like HessianOperator; on several ranks
             `hessianflow.distributed.sharded(world)`.
 
@@ -106,7 +109,7 @@ class CurvatureProbe:
         tol: float = 1e-2,
         warm_start: bool = True,
         cold_every: int = 20,
-        which: Which = "LM",
+        which: Which | None = None,
         params: Selection = None,
         norm_mode: NormMode = "eval",
         microbatch_size: int | None = None,
@@ -118,11 +121,14 @@ class CurvatureProbe:
         seed: int = 0,
         check_product: bool = True,
         check_statistics: bool = True,
+        optimizer: Optimizer | None = None,
         operator: Callable[..., ProbeOperator] = HessianOperator,
     ) -> None:
+        which = which or _DEFAULT_WHICH[optimizer is not None]
+        params = listed(params)  # an iterator can be read only once
         check_search(k, which, tol, max_matvecs)
         check_options(unwrap(model), microbatch_size, norm_mode)
-        _check_options(cold_every, first_matvecs, budget)
+        check_probe(cold_every, first_matvecs, budget)
         self._model = model
         self._batch = batch
         self._k = k
@@ -136,14 +142,9 @@ class CurvatureProbe:
         self._seed = seed
         self._check_product = check_product
         self._check_statistics = check_statistics
-        self._operator_of = partial(
-            operator,
-            model,
-            loss_fn,
-            params=listed(params),
-            microbatch_size=microbatch_size,
-            norm_mode=norm_mode,
-        )
+        self._edge_of = partial(Edge, unwrap(model), optimizer, params)
+        make = partial(operator, model, loss_fn, params=params, norm_mode=norm_mode)
+        self._operator_of = partial(make, microbatch_size=microbatch_size)
         self._search = partial(top_eigenpairs, which=which, tol=tol, extra=SPARE_VECTORS)
         self._forget()
 
@@ -154,6 +155,7 @@ class CurvatureProbe:
         self._calls = 0
         self._spent = 0.0
         self._last_cost = 0.0
+        self.note = ""
 
     @property
     def model(self) -> nn.Module:
@@ -175,16 +177,23 @@ class CurvatureProbe:
             check_product=self._check_product and is_first,
         )
         unsettled = None
+        result: EigenResult | None = None
+        figures: dict[str, float] = {}
         try:
-            result = self._measure(operator)
+            edge = self._edge_of(operator)
+            result = self._measure(edge.seen)
+            figures = edge.figures(float(result.values[0]))
+            result = replace(result, matvecs=result.matvecs + edge.matvecs)
+            self.note = edge.note
             unsettled = self._unsettled_losses(operator)
         except NonFiniteError:
             result = None
+            figures = {}
         finally:
             operator.release()
             self._calls += 1
         self._account(result, examples, unsettled is None)
-        return self._reading(result, examples, time.perf_counter() - began, unsettled)
+        return self._reading(result, examples, time.perf_counter() - began, unsettled, figures)
 
     def is_affordable(self, examples: int) -> bool:
         """Return whether the budget after `examples` training examples covers another call.
@@ -273,6 +282,7 @@ class CurvatureProbe:
         examples: int,
         seconds: float,
         unsettled: tuple[float, float] | None,
+        figures: Mapping[str, float],
     ) -> CurvatureReading:
         leading = residual = math.nan
         matvecs = 0
@@ -292,31 +302,20 @@ class CurvatureProbe:
             norm_mode=self._norm_mode,
             num_examples=examples,
             seconds=seconds,
-            details=self._details(unsettled),
+            details=self._details(unsettled, figures),
             reliable=unsettled is None,
         )
 
-    def _details(self, unsettled: tuple[float, float] | None) -> dict[str, float]:
-        details: dict[str, float] = {}
+    def _details(
+        self, unsettled: tuple[float, float] | None, figures: Mapping[str, float]
+    ) -> dict[str, float]:
+        details = dict(figures)
         if unsettled is not None:
             details["running_loss"], details["own_loss"] = unsettled
         smoothed = self._smoothed.value()
         if smoothed is not None:
             details["smoothed"] = smoothed
         return details
-
-
-def _check_options(cold_every: int, first_matvecs: int | None, budget: float | None) -> None:
-    check_count("cold_every", cold_every)
-    if first_matvecs is not None and first_matvecs < 0:
-        raise HessianFlowError(
-            "first_matvecs must be at least 0, or None for no bound of its own, got"
-            f" {first_matvecs}"
-        )
-    if budget is not None and not budget > 0:
-        raise HessianFlowError(
-            f"budget must be a positive share of the training cost, e.g. 0.01, got {budget}"
-        )
 
 
 def _mixed(seed: int, call: int) -> int:

@@ -7,7 +7,7 @@ eigenpairs after the same number of products, provided that the ranks run on one
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -109,16 +109,30 @@ class AllReducedOperator(Operator):
             return 0.0, 0.0, 0.0
         return running / weight, own / weight, weight
 
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """Return the parameters of the base, in the order of the vectors."""
+        parameters: Sequence[Tensor] = self._base.parameters  # type: ignore[attr-defined]
+        return parameters
+
+    def kept_gradient(self) -> Tensor:
+        """Return the gradient over the examples of all ranks; only operators of a model have it."""
+        return self._summed(lambda: self._base.kept_gradient())  # type: ignore[attr-defined]
+
     def _product(self, vector: Tensor) -> Tensor:
+        return self._summed(lambda: self._base.matvec(vector))
+
+    def _summed(self, own: Callable[[], Tensor]) -> Tensor:
+        """Return the weighted sum over ranks of what each computes from its own examples."""
         failure: HessianFlowError | None = None
-        product = torch.zeros_like(vector)
+        part = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         if self._weight > 0:
             try:
-                product = self._base.matvec(vector) * (self._weight / self.total_weight)
+                part = own() * (self._weight / self.total_weight)
             except HessianFlowError as error:
                 failure = error
-                product.fill_(float("nan"))
-        total = self._reducer.sum(product)
+                part.fill_(float("nan"))
+        total = self._reducer.sum(part)
         if failure is not None:
             raise failure
         return total

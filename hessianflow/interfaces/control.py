@@ -37,7 +37,7 @@ class CurvatureReading:
 
     Attributes:
         eigenvalue: Leading eigenvalue with its sign. It is the largest in magnitude unless the
-            probe was told otherwise.
+            probe was told otherwise; of the preconditioned matrix if the probe knows the optimizer.
         residual: ||H v - eigenvalue v|| for the unit vector v found. A true eigenvalue is within
             this distance.
         matvecs: Matrix-vector products spent.
@@ -51,7 +51,9 @@ class CurvatureReading:
         norm_mode: Statistics of batch normalisation during the measurement.
         num_examples: Examples over which the loss was averaged.
         seconds: Wall time of the measurement.
-        details: Further named figures (trace, smoothed value, ...).
+        details: Further named figures: "smoothed"; of a probe that knows the optimizer,
+            "sharpness", "threshold" (steps are stable while rate times sharpness is below it) and
+            "edge_share", the share of the threshold in use.
     """
 
     eigenvalue: float

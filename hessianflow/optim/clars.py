@@ -127,6 +127,20 @@ class CLARS(LARS):
         self._tally.zero_()
         return float(capped / max(seen, 1))
 
+    def layer_ratios(self, group: dict[str, Any]) -> dict[Tensor, float]:
+        """Return the ratio of each tensor of a group as LARS does, but not before norms are known.
+
+        It counts nothing for :meth:`capped_share`.
+        """
+        tally = self._tally
+        self._tally = None
+        try:
+            return super().layer_ratios(group)
+        except HessianFlowError:  # no norms yet
+            return {}
+        finally:
+            self._tally = tally
+
     def _ratios(
         self,
         group: dict[str, Any],

@@ -140,10 +140,35 @@ class LARS(CheckedOptimizer):
                 self._update(group, params, is_matrix)
         return loss
 
+    @torch.no_grad()
+    def layer_ratios(self, group: dict[str, Any]) -> dict[Tensor, float]:
+        """Return the ratio of each tensor of a group under the gradients at hand, without a step.
+
+        Tensors without a gradient are left out; it is 1 for those that are not adapted. The call
+        waits for the device.
+        """
+        found: dict[Tensor, float] = {}
+        for (_, _, is_matrix), params in buckets(group["params"], type(self).__name__).items():
+            found.update(dict.fromkeys(params, 1.0))
+            if is_matrix or group["adapt_vectors"]:
+                grads = gradients_of(params)
+                decay, decayed = self._decayed(group, params, is_matrix)
+                ratios = self._ratios(group, params, grads, decayed, decay)
+                found.update(zip(params, ratios.tolist(), strict=True))
+        return found
+
+    @staticmethod
+    def _decayed(group: dict[str, Any], params: Tensors, is_matrix: bool) -> tuple[float, Tensors]:
+        """Return the decay of some tensors, and their gradients with it."""
+        grads = gradients_of(params)
+        if not group["weight_decay"] or not (is_matrix or group["decay_vectors"]):
+            return 0.0, grads
+        decay: float = group["weight_decay"]
+        return decay, torch._foreach_add(grads, params, alpha=decay)
+
     def _update(self, group: dict[str, Any], params: Tensors, is_matrix: bool) -> None:
         grads = gradients_of(params)
-        decay = group["weight_decay"] if is_matrix or group["decay_vectors"] else 0.0
-        decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+        decay, decayed = self._decayed(group, params, is_matrix)
         inner: Factor = 1.0
         outer: Factor = group["lr"]
         if is_matrix or group["adapt_vectors"]:
