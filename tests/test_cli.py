@@ -103,7 +103,7 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
         ),
         (
             ["--optimizer", "sam", "--optimizer.rho", "-1"],
-            ["--optimizer sam: rho", "at least 0", "-1"],
+            ["--optimizer sam: rho", ">= 0", "-1"],
         ),
         (
             ["--optimizer", "sam", "--optimizer.rho", "0.1", "--precision", "fp16"],
