@@ -138,11 +138,7 @@ class Muon(CheckedOptimizer):
         if rest_rate is None:
             rest_rate = _rest_rate(form, rest)
         check_number("unnormalised_rate", unnormalised_rate)
-        check_number("rest_rate", rest_rate)
-        check_number("rest_momentum", rest_momentum, below=1)
-        check_number("rest_decay", rest_decay)
-        check_number("eps", eps)
-        check_betas(betas)
+        _check_rest(rest_rate, rest_momentum, rest_decay, betas, eps)
         matrices = {
             "momentum": momentum,
             "weight_decay": weight_decay,
@@ -290,6 +286,17 @@ def _rest_rate(form: Form, rest: Rest) -> float:
     if rest == "adamw" and form == "match_rms_adamw":
         return 1.0
     return REST_RATE[rest]
+
+
+def _check_rest(
+    rest_rate: float, rest_momentum: float, rest_decay: float, betas: Any, eps: float
+) -> None:
+    """Refuse an option of the rest that is out of its bounds, by its own name."""
+    check_number("rest_rate", rest_rate)
+    check_number("rest_momentum", rest_momentum, below=1)
+    check_number("rest_decay", rest_decay)
+    check_number("eps", eps)
+    check_betas(betas)
 
 
 def _check_matrices(params: Tensors) -> None:
