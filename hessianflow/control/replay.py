@@ -6,7 +6,7 @@ accuracy that would have followed.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,8 @@ def replay(
     are also "learning_rate" and "epoch_loss", as the trainer names them. The recorded rate is the
     schedule's times the factor of the controller that trained; the replayed controller is shown the
     schedule's times its own factor. Updates are counted again from the batch sizes decided here,
-    and every started batch counts as one.
+    and every started batch counts as one. A controller that decides within epochs may so become due
+    where its signals were not recorded: it decides at the next moment that holds them.
 
     Args:
         rows: Records of the run, in any order.
@@ -90,6 +91,7 @@ def replay(
         examples_per_epoch = max(row["examples"] // row["epoch"] for row in ends)
     if total_epochs is None:
         total_epochs = max(moment["epoch"] for moment in moments)
+    recorded = {name for moment in moments for name in _signals(moment, 1.0)}
     size = check_count("examples_per_epoch", examples_per_epoch)
     total = check_count("total_epochs", total_epochs)
     steps: list[ReplayStep] = []
@@ -104,7 +106,10 @@ def replay(
         if progress.epoch >= total or not controller.is_due(progress):
             continue
         signals = _signals(moment, decision.lr_factor / (moment["lr_factor"] or 1.0))
-        _check_recorded(controller, signals, progress.epoch)
+        missing = controller.needs - {"eigenvalue"} - signals.keys()
+        if missing and missing <= recorded:
+            continue
+        _check_recorded(controller, missing, progress.epoch)
         before = decision.setting
         decision = controller.update(progress, _reading(moment), signals)
         changed = decision.setting != before
@@ -162,11 +167,10 @@ def _signals(moment: Mapping[str, Any], rate_ratio: float) -> dict[str, float]:
     return signals
 
 
-def _check_recorded(controller: BatchController, signals: Mapping[str, float], epoch: int) -> None:
-    missing = sorted(controller.needs - {"eigenvalue"} - signals.keys())
+def _check_recorded(controller: BatchController, missing: Set[str], epoch: int) -> None:
     if missing:
         raise HessianFlowError(
-            f"the record holds no {', '.join(missing)} at epoch {epoch}, by which"
+            f"the record holds no {', '.join(sorted(missing))} at epoch {epoch}, by which"
             f" {type(controller).__name__} decides: replay a run whose controller measured them (of"
             " this name, or one that needs the same)"
         )

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from hessianflow.control import ABSA, CriticalBatch, FixedBatch, NoiseScale, Warmup, replay
+from hessianflow.control import (
+    ABSA,
+    CriticalBatch,
+    FixedBatch,
+    NoiseScale,
+    NormTest,
+    Warmup,
+    replay,
+)
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
 
 EIGENVALUES = [100, 80, 50, 49, 25, 30, 12, 11]
@@ -96,6 +104,24 @@ def test_signals_are_read_from_any_row_of_the_moment() -> None:
     )
     with pytest.raises(HessianFlowError, match=wanted):
         replay(history([1.0, 1.0]), NoiseScale(64, 1024))
+
+
+def test_a_controller_due_where_nothing_was_measured_decides_at_the_next_measurement() -> None:
+    """Measured at 640 and 1280 examples, after 10 and 20 updates at batch 64.
+
+    At batch 32 the epoch in between ends 12 updates after the first decision, when the next is due.
+    """
+    rows = history([1.0, 1.0])
+    moments = {
+        "small_gradient_sq": 17.0,
+        "small_batch_size": 16,
+        "large_gradient_sq": 5.0,
+        "large_batch_size": 64,
+    }
+    for examples in (640, 1280):
+        rows.append({"kind": "signals", "epoch": examples // 1024, "examples": examples, **moments})
+    result = replay(rows, NormTest(32, 64, eta=0.9, every_updates=10))
+    assert [step.examples for step in result.steps] == [640, 1280]
 
 
 def test_nothing_is_decided_at_the_end() -> None:
