@@ -70,7 +70,16 @@ ALL = ("digits", "cifar-resnet8")
 VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
 """Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on
 every problem, last."""
-LARGE = ("muon-16x", "muon-8x", "muon-32x", "muon-1x", "adamw-16x", "adamw-1x")
+LARGE = (
+    "muon-16x",
+    "muon-critical",
+    "muon-seesaw",
+    "muon-8x",
+    "muon-32x",
+    "muon-1x",
+    "adamw-16x",
+    "adamw-1x",
+)
 """Other optimizers than SGD, on every problem."""
 
 
@@ -199,6 +208,15 @@ def _adamw(times: int, rate: float) -> Callable[[Settings], Settings]:
     return lambda base: {**_muon(times, rate)(base), "optimizer": "adamw"}
 
 
+def _growing(**controller: Any) -> Callable[[Settings], Settings]:
+    """Return Muon from 16 times the first batch on, under a controller that may take it to 64."""
+    return lambda base: {
+        **_muon(16)(base),
+        "max_batch_size": 64 * base["batch_size"],
+        "controller": controller,
+    }
+
+
 METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed": lambda _: {"curvature": "epoch", "norm_mode": "batch"},  # recorded for replays
     "timed": lambda _: _TIMED,
@@ -235,6 +253,12 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "fixed-cooldown": cooldown,
     "muon-16x": _muon(16),
     "muon-32x": _muon(32),
+    "muon-critical": lambda base: {
+        **_growing(name="critical", edge_share=None)(base),
+        "lr_rule": "sqrt",
+    },
+    "muon-seesaw": lambda base: {**_growing(name="seesaw")(base), "schedule": "cosine"},
+    "muon-cosine-16x": lambda base: {**_muon(16)(base), "schedule": "cosine"},
     "muon-8x": _muon(8),
     "muon-1x": _muon(1, MUON_RATE / 4),
     "adamw-16x": _adamw(16, 0.004),
