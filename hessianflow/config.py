@@ -93,16 +93,16 @@ class TrainConfig:
             the same at every resolution.
         dropouts: Dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; with
             conadv only at staleness 0; default: none.
-        curvature: When to measure the top Hessian eigenvalue, which is every epoch, when the
-            controller needs it, or never (off).
+        curvature: When to measure the top Hessian eigenvalue. epoch measures it after every epoch,
+            needed only when the controller needs it, and off never.
         probe_examples: Training examples on which the curvature is measured; default: 128 for
             digits, else 64. The published ABSA runs took 128, at twice the cost or more, which
             lowers the spread between samples from 10 to 8 %.
         probe_tolerance: Relative residual at which an eigenvalue counts as converged.
-        curvature_budget: Largest share of the training cost that readings may take. An epoch whose
-            reading would exceed it goes without, and counts for patience. Default: 0.01, which
-            allows a reading in nearly every epoch of 50,000 images and in every fifth of 10,000;
-            digits and fake have no limit, and 100 is as good as none.
+        curvature_budget: Largest share of the training cost that curvature readings may take. An
+            epoch whose reading would exceed it has no reading, but counts for the patience.
+            Default: 0.01, which allows a reading in nearly every epoch of 50,000 images and in
+            every fifth of 10,000; digits and fake have no limit, and 100 is practically no limit.
         norm_mode: Statistics of batch normalisation in curvature measurements, the running ones
             (eval) or those of the measured batch (batch); default: what the controller prefers,
             else eval.
@@ -110,8 +110,8 @@ class TrainConfig:
             epoch, and warn if it collapses under pgd but not under fgsm.
         alarm_eps: Size of the attacks of overfitting_alarm, in units of pixels scaled to [0, 1];
             default: that of the adversary, or 0.005 without one.
-        input_curvature: Record the top eigenvalue of the Hessian by the inputs, on 16 test
-            examples, after every epoch.
+        input_curvature: Record the top eigenvalue of the Hessian with respect to the inputs, on 16
+            test examples, after every epoch.
         microbatch_size: Examples per forward pass; auto finds the fastest; default: auto on a GPU,
             else batch_size.
         norm_batch_size: Examples that batch normalisation sees at once in training; 0 stands for
@@ -119,14 +119,14 @@ class TrainConfig:
             only); default: batch_size.
         norm_statistics: Whether running statistics of batch normalisation that have not settled at
             the end of an epoch are measured again, and readings on them rejected (settled), or used
-            as they are (running), like in the published code of ABSA.
+            as they are (running), as in the published code of ABSA.
         split_norm: Give the adversarial twins of conadv their own statistics and parameters of
             batch normalisation; default: true if the model has batch normalisation.
         precision: float32, or autocast in bf16 or fp16; auto is bf16 if the device computes in it,
             else float32; default: float32 for digits and fake, else auto.
         channels_last: Store images and convolutions with channels last, which is faster on most
             devices; default: false for digits, else true.
-        compile: Compile the model with torch.compile, for batches of any size.
+        compile: Compile the model with torch.compile, once for batches of any size.
         deterministic: Use only algorithms that repeat bit for bit on a GPU; it is an error if torch
             has none.
         device: cpu, cuda, cuda:1, ...; auto is a GPU if there is one.
@@ -141,8 +141,8 @@ class TrainConfig:
         checkpoint_examples: Examples between further checkpoints within an epoch; default: none.
         checkpoint_minutes: Minutes between further checkpoints within an epoch; default: none.
         keep_checkpoints: Number of the newest checkpoints to keep.
-        on_divergence: Stop, or rollback to the last checkpoint, where the last growth is undone and
-            the batch then stays.
+        on_divergence: Response to divergence. stop ends the run; rollback goes back to the last
+            checkpoint, undoes the last growth, and keeps the batch below it.
         max_rollbacks: Most rollbacks before the run stops.
         run_dir: Folder for records, checkpoints and plots; default: a new one below runs/.
         tensorboard: Also write TensorBoard files into the run directory (needs pip install

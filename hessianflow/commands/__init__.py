@@ -1,1 +1,1 @@
-"""The subcommands of `hessianflow`. Each module adds parsers, and the functions that they call."""
+"""The subcommands of `hessianflow`. Each module adds parsers and the functions that they call."""

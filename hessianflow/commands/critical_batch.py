@@ -50,24 +50,22 @@ RULES = Literal["linear", "sqrt", "none"]
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parser, and return the function of the command."""
-    parser = add_command(
-        commands,
-        "critical-batch",
-        "measure the largest batch that trains as well as a small one, by branching a checkpoint",
-    )
+    about = "measure the largest batch that trains as well as a small one, from a checkpoint"
+    parser = add_command(commands, "critical-batch", about)
     parser.add("run", type=path, help="run directory, or a checkpoint inside one")
-    parser.add_open("--epoch", int | None, "branch the checkpoint of this epoch; default: the last")
+    parser.add_open("--epoch", int | None, "epoch of the checkpoint; default: the last")
     parser.add_open(
         "--batch-sizes",
         list[int] | None,
-        "examples per step of the branches, e.g. '[32, 64, 128]', each a divisor of the largest;"
-        " default: the batch size of the run, doubled up to five times, as long as a branch has at"
-        " most four epochs",
+        "batch sizes to continue at, e.g. '[32, 64, 128]', each a divisor of the largest; default:"
+        " the batch size of the run, doubled up to five times, as long as none trains for more than"
+        " four epochs",
     )
     parser.add_open(
         "--examples",
         int | None,
-        "examples that each branch trains on, a multiple of the largest batch; default: 16 of them",
+        "training examples at each batch size, a multiple of the largest one; default: 16 times"
+        " the largest",
     )
     parser.add_open(
         "--lr-rule",
@@ -75,24 +73,22 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
         "rule by which the rate follows the batch; default: linear for sgd, lars and clars, sqrt"
         " for all others",
     )
-    parser.add_open(
-        "--lr", float | None, "rate at the batch size of the checkpoint; default: the one there"
-    )
+    about = "rate at the batch size of the checkpoint; default: that of the checkpoint"
+    parser.add_open("--lr", float | None, about)
     parser.add(
         "--tolerance",
         type=float,
         default=0.02,
         help="excess loss tolerated, as a share of the loss at the checkpoint",
     )
-    parser.add(
-        "--repeats", type=int, default=3, help="branches of each size, on examples in other orders"
-    )
+    about = "runs at each batch size, on examples in other orders"
+    parser.add("--repeats", type=int, default=3, help=about)
     add_named_code(parser)
     parser.add_open(
         "--out",
         path,
         "folder for results and picture; default: one for the epoch below critical-batch in the"
-        " run directory. A second call continues what it finds there",
+        " run directory. A second call continues the results in the folder",
     )
     return {"critical-batch": _critical_batch}
 

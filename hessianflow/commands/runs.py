@@ -36,8 +36,8 @@ def printable(path: str | Path) -> str:
 
 def add_named_code(parser: Any) -> None:
     """Add the options that name the code of a run again for :func:`require_named_code`."""
-    about = "for a run with a model of your own: its package.module:function again, because a run"
-    parser.add_open("--model", str | None, f"{about} directory may not run code")
+    about = "for a run with a model of your own: its package.module:function again, because code"
+    parser.add_open("--model", str | None, f"{about} that only a run directory names is not run")
     add_code(parser)
 
 

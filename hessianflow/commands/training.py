@@ -37,7 +37,8 @@ would fill the screen. This default is our choice."""
 
 def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
     """Add the parsers, and return the function of each command."""
-    train = add_command(commands, "train", "train a network; every option has a default")
+    about = "train a network: without options, a small one on digits"
+    train = add_command(commands, "train", about)
     about = "YAML file of settings in the form of --print-config; options typed take precedence"
     train.add_open("--config", str | None, about)
     about = "print all settings as a YAML file with comments instead of training"

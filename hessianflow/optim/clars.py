@@ -53,21 +53,21 @@ class CLARS(LARS):
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate; a 0-dim tensor only with `capturable`.
-        momentum: Same as in LARS.
+        momentum: Momentum m.
         weight_decay: Weight decay in the step, which does not enter A.
         trust_coefficient: Factor eta of the ratio (0.01 in the official code).
         max_rate: Cap of the ratio (0.1 in the official code); None for no cap.
-            :meth:`capped_share` says how often it binds.
+            :meth:`capped_share` says how often it is reached.
         norms: Estimator of A. None: a :class:`MicrobatchNorms`, which the attribute `norms` holds,
             to be attached as an observer of the training loop. The trainer tells it whose gradients
             it shows. Your own loop shows those of `params` in their order, or, with several groups,
             first calls `norms.bind(model.parameters())`.
         eps: Number added to A.
         form: Published form, which says where the rate enters; "late" as in the official code.
-        nesterov: Same as in LARS.
-        adapt_vectors: Same as in LARS.
-        decay_vectors: Same as in LARS.
-        capturable: Same as in LARS.
+        nesterov: Step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD` does.
+        adapt_vectors: Also adapt tensors of at most one dimension (biases, normalisation).
+        decay_vectors: Also apply weight decay to tensors of at most one dimension.
+        capturable: Allow `lr` to be a tensor on the device, as in LARS.
 
     Raises:
         HessianFlowError: An option is out of the bounds of LARS, or `max_rate` is not positive.

@@ -68,7 +68,9 @@ class LARS(CheckedOptimizer):
         weight_decay: Weight decay b.
         trust_coefficient: Factor eta of the ratio (0.001 in the paper).
         eps: Number added to the denominator of the ratio (0, as in the paper).
-        form: Published form; the module lists all of them.
+        form: Published form, which decides where ratio and rate enter. "paper" is that of the
+            paper, "tensorflow" of the TensorFlow models, "outside" of timm, "larc" of apex, and
+            "late" of the official code of CLARS.
         nesterov: Step along (scaled gradient) + momentum * buffer, as `torch.optim.SGD` does.
         adapt_vectors: Also adapt tensors of at most one dimension (biases, normalisation), which
             otherwise take the step of plain SGD.

@@ -90,19 +90,22 @@ class Muon(CheckedOptimizer):
         momentum: Momentum m of matrices (0.6, as in airbench).
         weight_decay: Decay wd of matrices, decoupled from the gradient.
         nesterov: Step along gradient and momentum together, as `torch.optim.Muon` does.
-        form: What is done about the scale of matrices; the module lists the forms.
+        form: Treatment of the scale of matrices. "original" is that of the authors,
+            "match_rms_adamw" goes with the rate and decay of AdamW, and "renormalised" gives every
+            matrix a fixed norm before each step. "auto" is "renormalised" for matrices that a
+            normalisation follows, and "original" for others.
         unnormalised_rate: Rate of matrices that no normalisation follows, in units of `lr`, with
             the form "auto" (1/8: 0.03 at 0.24).
         rest: Optimizer of parameters that are not for Muon.
-        rest_rate: Its rate in units of `lr`; None for 0.4 of SGD (0.1 at 0.24), and of AdamW
-            0.0125, but 1 in the form "match_rms_adamw", whose rate is AdamW's.
+        rest_rate: Rate of the rest in units of `lr`. None stands for 0.4 for SGD (0.1 at 0.24) and
+            0.0125 for AdamW, but for 1 for AdamW in the form "match_rms_adamw".
         rest_momentum: Momentum of SGD for the rest.
         rest_decay: Weight decay of the rest, coupled (SGD) or decoupled (AdamW).
         betas: Decay rates of the moments of AdamW for the rest.
         eps: Number added to the root of its second moment.
-        precision: Type in which matrices are orthogonalised. "auto": bfloat16 on a GPU, as
-            `torch.optim.Muon` has everywhere, and the parameter's own elsewhere, which is the
-            faster one there; "own" is float32 for parameters of half precision.
+        precision: Type in which matrices are orthogonalised. "auto" is bfloat16 on a GPU, as in
+            `torch.optim.Muon`, and "own" on other devices, where that is faster. "own" is the type
+            of the parameter, but float32 for parameters of half precision.
 
     Raises:
         HessianFlowError: An option is out of its bounds, a group is empty, or a parameter is
