@@ -1,8 +1,8 @@
 """hessianflow: Hessian-driven batch sizes, adversarial regularization and large-batch training for
 PyTorch.
 
-Rooms (`hf.curvature`, `hf.control`, ...) are imported when first used, so that `import hessianflow`
-stays light; torch, too, so that the command can be interrupted while it loads.
+Its packages (`hf.curvature`, `hf.control`, ...) are imported when they are first used, so that
+`import hessianflow` is fast. So is torch, so that the command can be interrupted while it loads.
 """
 
 from importlib import import_module

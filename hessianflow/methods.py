@@ -1,5 +1,7 @@
-"""The methods by name, of every kind. A new method is one file and one line of its room's table:
-CONTROLLERS in hessianflow/control/__init__.py, ADVERSARIES, OPTIMIZERS and SCHEDULES likewise.
+"""The methods by name, of every kind.
+
+A new method is one file, and one line of the table of its package: CONTROLLERS in
+hessianflow/control/__init__.py, ADVERSARIES, OPTIMIZERS and SCHEDULES likewise.
 
 The options of a method are the parameters of its constructor that the run does not supply, with
 its docstring as their help. A class may have any of these members to adapt the run to itself:

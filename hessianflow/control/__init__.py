@@ -1,6 +1,7 @@
 """Batch-size controllers: state machines without tensors that turn measurements into decisions.
 
-Every constructor refuses an argument out of its bounds by a HessianFlowError that names both.
+Every constructor refuses an argument out of its bounds with a HessianFlowError that names the
+argument and its bounds.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""Hessian, Gauss-Newton and Fisher products, and estimates that need nothing but products."""
+"""Hessian, Gauss-Newton and Fisher products, estimates that need only products, and the curvature
+that an optimizer meets: its geometry, the critical rate, the gradient noise scale.
+"""
 
 from hessianflow.curvature.critical_rate import CriticalRate, critical_rate
 from hessianflow.curvature.density import SmoothedDensity, SpectralDensity, spectral_density

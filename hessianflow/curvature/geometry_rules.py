@@ -168,7 +168,7 @@ RULES: Mapping[str, Rule] = {
     "hessianflow.optim.lamb.LAMB": _lamb,
     "hessianflow.optim.lars.LARS": _lars,
 }
-"""The rule of every known class, by its full name: this room does not import the optimizers."""
+"""The rule of every known class, by its full name: this package does not import the optimizers."""
 
 WRAPPERS: Mapping[str, str] = {
     "hessianflow.optim.sam.SAM": (

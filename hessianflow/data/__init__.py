@@ -1,4 +1,4 @@
-"""Data sets by name, and resumable batches of them whose size may change at any time."""
+"""Data sets by name, and resumable batches of them, whose size may change at any time."""
 
 from hessianflow.data.augment import Augmentation
 from hessianflow.data.datasets import ImageSet, load, names

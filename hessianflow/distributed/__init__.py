@@ -1,4 +1,6 @@
-"""Ranks that train one model: process groups, gradient sums, curvature over ranks, simulation."""
+"""Training of one model by several processes, called ranks: process groups, sums of gradients,
+curvature over ranks, and simulated ranks.
+"""
 
 from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
 from hessianflow.distributed.launch import run_local, run_simulated

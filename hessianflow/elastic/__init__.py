@@ -1,7 +1,7 @@
 """Elastic runs on Ray, whose number of workers follows the batch size while training continues.
 
-:class:`ElasticRun` runs any job in this way; :class:`ElasticTrainer` is the trainer as such a job,
-with records and checkpoints.
+:class:`ElasticRun` runs any job in this way. :class:`ElasticTrainer` runs the trainer as such a
+job, with records and checkpoints.
 """
 
 from hessianflow.elastic.build import build_elastic

@@ -1,8 +1,8 @@
-"""Records and protocols shared by every room of the toolkit.
+"""Records and protocols that all packages of the toolkit share.
 
-This room and :mod:`hessianflow.batches` are the only ones that every room may import. Records are
-frozen: a measurement or a decision never changes. Protocols are small, and the trainer knows
-nothing else about the methods it runs.
+This package and the module :mod:`hessianflow.batches` are the only ones that all others may import.
+Records are frozen: a measurement or a decision never changes. Protocols are small, and the trainer
+knows nothing else about the methods that it runs.
 
 `batch_size` counts examples per optimizer step over all ranks, `microbatch_size` counts examples
 per forward pass on one device, and progress counts examples. A learning rate is stated at a

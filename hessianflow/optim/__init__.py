@@ -1,4 +1,4 @@
-"""Large-batch optimizers, their schedules, and gradient observers for them and the controllers."""
+"""Optimizers for large batches, schedules, and observers of gradients."""
 
 from collections.abc import Mapping
 

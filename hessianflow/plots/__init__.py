@@ -1,7 +1,7 @@
 """Figures, tables and reports from the records of runs, which are all that they read.
 
-Functions that draw return the figure, not bound to pyplot. They refuse, with a HessianFlowError, no
-run, a folder that is no run directory, a damaged file, and a path that cannot be written.
+Functions that draw return a figure that is not bound to pyplot. They raise a HessianFlowError if no
+run is given, a folder is no run directory, a file is damaged, or a path cannot be written.
 """
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table

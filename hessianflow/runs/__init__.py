@@ -1,6 +1,6 @@
 """The records of a run: one reader, one recorder, and the form of every row and file.
 
-Training, plots, commands and experiments read and write run directories through this package, which
+Training, plots, commands and experiments read and write run directories through this package. It
 imports none of them.
 """
 

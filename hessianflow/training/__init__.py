@@ -1,4 +1,4 @@
-"""The training loop and what it leaves behind."""
+"""The training loop, its settings, and its records and checkpoints."""
 
 from hessianflow.runs import History, LogSink, TensorBoardSink
 from hessianflow.training.divergence import Divergence
