@@ -236,15 +236,16 @@ class Muon(CheckedOptimizer):
             _renormalise_(params)
         if group["weight_decay"]:
             scale_(params, 1 - rate * group["weight_decay"])
-        dtype = _dtype(params[0], group["precision"])
-        alike: dict[torch.Size, list[int]] = {}
-        for index, each in enumerate(direction):
-            alike.setdefault(each.flatten(1).shape, []).append(index)
-        for shape, members in alike.items():
-            found = orthogonalised([direction[index].flatten(1) for index in members], dtype)
+        found = orthogonalised(
+            [each.flatten(1) for each in direction], _dtype(params[0], group["precision"])
+        )
+        alike: dict[float, list[int]] = {}
+        for index, each in enumerate(found):
+            alike.setdefault(_scale(group["rule"], *each.shape), []).append(index)
+        for scale, members in alike.items():
             own = [params[index] for index in members]
-            steps = [each.reshape(p.shape) for each, p in zip(found, own, strict=True)]
-            torch._foreach_add_(own, steps, alpha=-rate * _scale(group["rule"], *shape))
+            steps = [found[index].reshape(params[index].shape) for index in members]
+            torch._foreach_add_(own, steps, alpha=-rate * scale)
 
     def _step_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         velocities: list[Tensor | None] = [None] * len(params)
