@@ -79,6 +79,10 @@ REST_RATE: Mapping[str, float] = {"sgd": 0.4, "adamw": 0.0125}
 """Rates of the rest in units of Muon's: 0.1 and 0.003 at the rate 0.24 of renormalised weights."""
 
 
+_MATRICES = ("matrices", "normalised", "unnormalised")
+"""Parts that are for Muon; "matrices" are those of groups without a part."""
+
+
 class Muon(CheckedOptimizer):
     """Muon for matrices and convolutions, with SGD or AdamW for everything else in one object.
 
@@ -150,22 +154,12 @@ class Muon(CheckedOptimizer):
             "nesterov": nesterov,
             "precision": precision,
         }
-        others: dict[str, Any] = {"rate_factor": rest_rate, "weight_decay": rest_decay}
+        others: dict[str, Any] = {"rule": rest, "rate_factor": rest_rate}
         if rest == "sgd":
-            others["momentum"] = rest_momentum
+            others |= {"momentum": rest_momentum, "weight_decay": rest_decay}
         else:
-            others |= {"betas": betas, "eps": eps}
-        # What the groups of each part have, unless they say otherwise themselves.
-        self._of_part: dict[str, dict[str, Any]] = {
-            "matrices": {"rule": form, **matrices},
-            "normalised": {"rule": form, **matrices},
-            "unnormalised": {"rule": form, **matrices},
-            "rest": {"rule": rest, **others},
-        }
-        if form == "auto":
-            self._of_part["matrices"]["rule"] = "original"
-            self._of_part["normalised"]["rule"] = "renormalised"
-            self._of_part["unnormalised"] |= {"rule": "original", "rate_factor": unnormalised_rate}
+            others |= {"betas": betas, "eps": eps, "weight_decay": rest_decay}
+        self._of_part = {**_of_matrices(form, unnormalised_rate, matrices), "rest": others}
         super().__init__(params, {"lr": lr, "rate_factor": 1.0, "part": "matrices"})
         for group in self.param_groups:
             if group["part"] != "rest":
@@ -184,6 +178,9 @@ class Muon(CheckedOptimizer):
         part = param_group.get("part", "matrices")
         check_choice("part", part, tuple(self._of_part))
         super().add_param_group({**self._of_part[part], **param_group})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_of_part": self._of_part}
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], "Muon")
@@ -285,6 +282,20 @@ class Muon(CheckedOptimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _of_matrices(
+    form: Form, unnormalised_rate: float, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return what groups of matrices have, by part, unless they say otherwise themselves."""
+    if form != "auto":
+        return {part: {"rule": form, **options} for part in _MATRICES}
+    original = {"rule": "original", **options}
+    return {
+        "matrices": original,
+        "normalised": {**original, "rule": "renormalised"},
+        "unnormalised": {**original, "rate_factor": unnormalised_rate},
+    }
 
 
 def _rest_rate(form: Form, rest: Rest) -> float:

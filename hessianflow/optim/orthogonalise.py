@@ -106,9 +106,8 @@ def _wide(matrices: Tensor, like: Tensor) -> Tensor:
 def _iterated(matrices: Tensor) -> Tensor:
     """Return the matrices after all steps, by the operations of torch in their order."""
     a, b, c = COEFFICIENTS
-    matrices = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(
-        min=EPS
-    )
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=EPS)
+    matrices = matrices / norms
     for _ in range(STEPS):
         square = torch.bmm(matrices, matrices.mT)
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
