@@ -95,7 +95,9 @@ class Muon(CheckedOptimizer):
         momentum: Momentum m of matrices (0.6, as in airbench).
         weight_decay: Decay wd of matrices, decoupled from the gradient.
         nesterov: Step along gradient and momentum together, as `torch.optim.Muon` does.
-        form: What is done about the scale of matrices; the module lists the forms.
+        form: Scale s of a step: "original" sqrt(max(1, rows / columns)), "match_rms_adamw" 0.2
+            sqrt(max(rows, columns)), "renormalised" 1 after the matrix is given the norm
+            sqrt(rows). "auto": the last if a normalisation follows the weights, else the first.
         unnormalised_rate: Rate of matrices that no normalisation follows, in units of `lr`, with
             the form "auto" (1/8: 0.03 at 0.24).
         rest: Optimizer of parameters that are not for Muon.
