@@ -32,6 +32,11 @@ A group without a part is of matrices, at `lr` as it stands; "auto" is "original
 holds the same `lr`, and the factor beside it as `rate_factor`: whoever sets the rate of all groups,
 a schedule or a loop by hand, keeps their ratios.
 
+The defaults, tried on 10,000 images of CIFAR-10 for 24 epochs of 5 updates (batch 2048), one seed,
+the rate falling linearly to 0 without a warm-up: ResNet-8 66.7 %, a plain network without
+normalisation 63.4 % (63.3 % with the momentum 0.9, and a fifth of the training loss). SGD at batch
+128 has 64.0 and 61.5 % in 1896 updates.
+
 Deviations: weight decay is 0 by default (0.1 in torch), and the momentum is 0.6 (0.95 in torch),
 which airbench found for large batches of few updates. Outside bfloat16 the iteration runs on small
 squares where that is faster.
