@@ -226,7 +226,7 @@ def run() -> int:
     if arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text("utf-8").splitlines()]
     if arguments.report:
-        print(report(rows))
+        print(report([row for row in rows if row["problem"] in arguments.problems]))
         return 0
     done = {(row["problem"], row["seed"], row["epoch"]) for row in rows}
     for seed in arguments.seeds:
