@@ -251,6 +251,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "critical": critical,
     "fixed-cosine": lambda _: {"schedule": "cosine"},
     "fixed-cooldown": cooldown,
+    "muon-20x": _muon(20),
     "muon-16x": _muon(16),
     "muon-32x": _muon(32),
     "muon-critical": lambda base: {
