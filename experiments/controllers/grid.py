@@ -71,6 +71,7 @@ VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
 """Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on
 every problem, last."""
 LARGE = (
+    "muon-20x",
     "muon-16x",
     "muon-critical",
     "muon-seesaw",
