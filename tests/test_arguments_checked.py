@@ -55,7 +55,7 @@ NEEDED: dict[str, Callable[[], Any]] = {
     "num_examples": lambda: 100,
     "num_small": lambda: 2,
     "num_workers": lambda: 4,
-    "params": lambda: list(MODEL.parameters()),
+    "params": lambda: [MODEL.weight],
     "phase_ends": lambda: [4],
     "power": lambda: 2.0,
     "reference_batch_size": lambda: 16,

@@ -71,6 +71,7 @@ VARIANTS = ("critical", "fixed-cooldown", "timed-reuse", "fixed-reuse")
 """Ours without an attack, fixed under the schedule of ours, timed and fixed with an attack; on
 every problem, last."""
 LARGE = (
+    "muon-20x",
     "muon-16x",
     "muon-critical",
     "muon-seesaw",
@@ -251,6 +252,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "critical": critical,
     "fixed-cosine": lambda _: {"schedule": "cosine"},
     "fixed-cooldown": cooldown,
+    "muon-20x": _muon(20),
     "muon-16x": _muon(16),
     "muon-32x": _muon(32),
     "muon-critical": lambda base: {

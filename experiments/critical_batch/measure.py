@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,23 @@ PROBLEMS: Mapping[str, dict[str, Any]] = {
         "sizes": [16, 32, 64, 128, 256, 512],
         "rounds": 8,
         "rule": "linear",
-        "epochs": [1, 4, 8],
+        "epochs": [1, 8, 4],
     },
 }
 
 
-def measure(problem: str, seed: int, data_dir: str | None, folder: Path) -> list[dict[str, Any]]:
-    """Train one run, and return a row for each of its checkpoints."""
+def measure(
+    problem: str, seed: int, data_dir: str | None, folder: Path, epochs: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Train one run, and yield a row for each of these checkpoints."""
     settings = PROBLEMS[problem]
     words = ["train", *settings["train"], *_SMALL, "--seed", str(seed), "--run-dir", str(folder)]
     if data_dir is not None:
         words += ["--data-dir", data_dir]
     if main(words) != 0:
         raise SystemExit(f"{problem}: the run failed")
-    return [_row(problem, seed, folder, epoch, settings) for epoch in settings["epochs"]]
+    for epoch in epochs:
+        yield _row(problem, seed, folder, epoch, settings)
 
 
 def _row(
@@ -223,18 +226,21 @@ def run() -> int:
     if arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text("utf-8").splitlines()]
     if arguments.report:
-        print(report(rows))
+        print(report([row for row in rows if row["problem"] in arguments.problems]))
         return 0
-    done = {(row["problem"], row["seed"]) for row in rows}
+    done = {(row["problem"], row["seed"], row["epoch"]) for row in rows}
     for seed in arguments.seeds:
         for problem in arguments.problems:
-            if (problem, seed) in done:
+            wanted = PROBLEMS[problem]["epochs"]
+            missing = [epoch for epoch in wanted if (problem, seed, epoch) not in done]
+            if not missing:
                 continue
+            data_dir = arguments.data_dir if problem.startswith("cifar") else None
             with tempfile.TemporaryDirectory() as folder:
-                data_dir = arguments.data_dir if problem.startswith("cifar") else None
-                found = measure(problem, seed, data_dir, Path(folder) / "run")
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+                run_dir = Path(folder) / "run"
+                for row in measure(problem, seed, data_dir, run_dir, missing):
+                    with arguments.rows.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
     return 0
 
 

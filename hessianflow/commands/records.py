@@ -48,8 +48,8 @@ def add(commands: Any) -> dict[str, Callable[[Namespace], int]]:
 def draw(runs: list[Path], folder: Path) -> None:
     """Draw the pictures of `runs` into `folder`, and print their paths.
 
-    There are more for runs with a server, with resolution stages, or with a changing number of
-    workers.
+    There are more for runs whose readings know the optimizer, with a server, with resolution
+    stages, or with a changing number of workers.
     """
     from hessianflow import plots
     from hessianflow.runs import History
@@ -61,6 +61,8 @@ def draw(runs: list[Path], folder: Path) -> None:
     pictures: list[tuple[Callable[..., Any], Any]] = [(plots.training_curves, runs)]
     if any(history.curvature for history in histories):
         pictures.insert(0, (plots.curvature_trajectory, runs))
+    if plots.has_edge_share(runs):
+        pictures.append((plots.edge_share, runs))
     if has_server:
         pictures.append((plots.accuracy_over_time, runs))
     if len(runs) == 1 and has_server:

@@ -32,6 +32,11 @@ A group without a part is of matrices, at `lr` as it stands; "auto" is "original
 holds the same `lr`, and the factor beside it as `rate_factor`: whoever sets the rate of all groups,
 a schedule or a loop by hand, keeps their ratios.
 
+The defaults, tried on 10,000 images of CIFAR-10 for 24 epochs of 5 updates (batch 2048), one seed,
+the rate falling linearly to 0 without a warm-up: ResNet-8 66.7 %, a plain network without
+normalisation 63.4 % (63.3 % with the momentum 0.9, and a fifth of the training loss). SGD at batch
+128 has 64.0 and 61.5 % in 1896 updates.
+
 Deviations: weight decay is 0 by default (0.1 in torch), and the momentum is 0.6 (0.95 in torch),
 which airbench found for large batches of few updates. Outside bfloat16 the iteration runs on small
 squares where that is faster.
@@ -78,6 +83,10 @@ REST_RATE: Mapping[str, float] = {"sgd": 0.4, "adamw": 0.0125}
 """Rates of the rest in units of Muon's: 0.1 and 0.003 at the rate 0.24 of renormalised weights."""
 
 
+_MATRICES = ("matrices", "normalised", "unnormalised")
+"""Parts that are for Muon; "matrices" are those of groups without a part."""
+
+
 class Muon(CheckedOptimizer):
     """Muon for matrices and convolutions, with SGD or AdamW for everything else in one object.
 
@@ -90,10 +99,9 @@ class Muon(CheckedOptimizer):
         momentum: Momentum m of matrices (0.6, as in airbench).
         weight_decay: Decay wd of matrices, decoupled from the gradient.
         nesterov: Step along gradient and momentum together, as `torch.optim.Muon` does.
-        form: Treatment of the scale of matrices. "original" is that of the authors,
-            "match_rms_adamw" goes with the rate and decay of AdamW, and "renormalised" gives every
-            matrix a fixed norm before each step. "auto" is "renormalised" for matrices that a
-            normalisation follows, and "original" for others.
+        form: Scale s of a step: "original" sqrt(max(1, rows / columns)), "match_rms_adamw" 0.2
+            sqrt(max(rows, columns)), "renormalised" 1 after the matrix is given the norm
+            sqrt(rows). "auto": the last if a normalisation follows the weights, else the first.
         unnormalised_rate: Rate of matrices that no normalisation follows, in units of `lr`, with
             the form "auto" (1/8: 0.03 at 0.24).
         rest: Optimizer of parameters that are not for Muon.
@@ -148,22 +156,12 @@ class Muon(CheckedOptimizer):
             "nesterov": nesterov,
             "precision": precision,
         }
-        others: dict[str, Any] = {"rate_factor": rest_rate, "weight_decay": rest_decay}
+        others: dict[str, Any] = {"rule": rest, "rate_factor": rest_rate}
         if rest == "sgd":
-            others["momentum"] = rest_momentum
+            others |= {"momentum": rest_momentum, "weight_decay": rest_decay}
         else:
-            others |= {"betas": betas, "eps": eps}
-        # What the groups of each part have, unless they say otherwise themselves.
-        self._of_part: dict[str, dict[str, Any]] = {
-            "matrices": {"rule": form, **matrices},
-            "normalised": {"rule": form, **matrices},
-            "unnormalised": {"rule": form, **matrices},
-            "rest": {"rule": rest, **others},
-        }
-        if form == "auto":
-            self._of_part["matrices"]["rule"] = "original"
-            self._of_part["normalised"]["rule"] = "renormalised"
-            self._of_part["unnormalised"] |= {"rule": "original", "rate_factor": unnormalised_rate}
+            others |= {"betas": betas, "eps": eps, "weight_decay": rest_decay}
+        self._of_part = {**_of_matrices(form, unnormalised_rate, matrices), "rest": others}
         super().__init__(params, {"lr": lr, "rate_factor": 1.0, "part": "matrices"})
         for group in self.param_groups:
             if group["part"] != "rest":
@@ -182,6 +180,9 @@ class Muon(CheckedOptimizer):
         part = param_group.get("part", "matrices")
         check_choice("part", part, tuple(self._of_part))
         super().add_param_group({**self._of_part[part], **param_group})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_of_part": self._of_part}
 
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], "Muon")
@@ -234,15 +235,16 @@ class Muon(CheckedOptimizer):
             _renormalise_(params)
         if group["weight_decay"]:
             scale_(params, 1 - rate * group["weight_decay"])
-        dtype = _dtype(params[0], group["precision"])
-        alike: dict[torch.Size, list[int]] = {}
-        for index, each in enumerate(direction):
-            alike.setdefault(each.flatten(1).shape, []).append(index)
-        for shape, members in alike.items():
-            found = orthogonalised([direction[index].flatten(1) for index in members], dtype)
+        found = orthogonalised(
+            [each.flatten(1) for each in direction], _dtype(params[0], group["precision"])
+        )
+        alike: dict[float, list[int]] = {}
+        for index, each in enumerate(found):
+            alike.setdefault(_scale(group["rule"], *each.shape), []).append(index)
+        for scale, members in alike.items():
             own = [params[index] for index in members]
-            steps = [each.reshape(p.shape) for each, p in zip(found, own, strict=True)]
-            torch._foreach_add_(own, steps, alpha=-rate * _scale(group["rule"], *shape))
+            steps = [found[index].reshape(params[index].shape) for index in members]
+            torch._foreach_add_(own, steps, alpha=-rate * scale)
 
     def _step_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         velocities: list[Tensor | None] = [None] * len(params)
@@ -282,6 +284,20 @@ class Muon(CheckedOptimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _of_matrices(
+    form: Form, unnormalised_rate: float, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return what groups of matrices have, by part, unless they say otherwise themselves."""
+    if form != "auto":
+        return {part: {"rule": form, **options} for part in _MATRICES}
+    original = {"rule": "original", **options}
+    return {
+        "matrices": original,
+        "normalised": {**original, "rule": "renormalised"},
+        "unnormalised": {**original, "rate_factor": unnormalised_rate},
+    }
 
 
 def _rest_rate(form: Form, rest: Rest) -> float:

@@ -7,6 +7,7 @@ run is given, a folder is no run directory, a file is damaged, or a path cannot 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
 from hessianflow.plots.critical_batch import critical_batch
 from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolution, commit_timeline
+from hessianflow.plots.edge_share import edge_share, has_edge_share
 from hessianflow.plots.html import report
 from hessianflow.plots.landscape import landscape
 from hessianflow.plots.robustness import robustness
@@ -25,6 +26,8 @@ __all__ = [
     "compare_table",
     "critical_batch",
     "curvature_trajectory",
+    "edge_share",
+    "has_edge_share",
     "has_workers",
     "landscape",
     "report",

@@ -210,6 +210,18 @@ def test_saved_loaded_continued_is_the_same() -> None:
             assert torch.equal(mine, other)
 
 
+def test_a_copy_goes_on_and_takes_further_groups() -> None:
+    """torch keeps only the groups and the state of a copied optimizer."""
+    [weight], gradients = draws([(3, 4)], 2)
+    [parameter] = leaves([weight])
+    optimizer = Muon([parameter], 0.1, rest_rate=0.5)
+    copied = copy.deepcopy(optimizer)
+    [twin] = copied.param_groups[0]["params"]
+    assert torch.equal(run(optimizer, [parameter], gradients)[0], run(copied, [twin], gradients)[0])
+    copied.add_param_group({"params": [torch.ones(3, requires_grad=True)], "part": "rest"})
+    assert copied.param_groups[1]["rate_factor"] == 0.5
+
+
 def test_a_closure_is_called_with_gradients_on_and_its_loss_returned() -> None:
     [weight] = leaves(draws([(3, 4)], 0)[0])
     optimizer = Muon([weight], 0.1)
