@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from fuzz import SHARE
 
 SPREAD = True
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="kills forked processes")
-@pytest.mark.parametrize(("kind", "stride"), [("growing", 2), ("rollback", 2), ("dual-batch", 4)])
+@pytest.mark.parametrize(("kind", "stride"), [("growing", 4), ("rollback", 4), ("dual-batch", 8)])
 def test_a_run_killed_before_any_operation_ends_as_if_it_never_had_been(
     kind: str, stride: int, tmp_path: Path
 ):
+    if SHARE == 1:
+        stride = 1
     command = [
         sys.executable,
         str(Path(__file__).with_name("killed_anywhere.py")),
