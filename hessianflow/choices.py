@@ -40,7 +40,20 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
             f"--optimizer {config.optimizer.name} must make a torch.optim.Optimizer, got a"
             f" {type(optimizer).__name__}"
         )
+    _check_capturable(config, model)
     return optimizer
+
+
+def _check_capturable(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what torch's own optimizers would fail at in their first step."""
+    choice = innermost(config.optimizer)
+    is_of_torch = find(KINDS["optimizer"], choice.name, "optimizer").__module__.startswith("torch.")
+    device = next(model.parameters()).device.type
+    if is_of_torch and device == "cpu" and choice.options.get("capturable") is True:
+        raise HessianFlowError(
+            f"--optimizer.capturable true of {choice.name} needs a GPU, and the run is on cpu:"
+            " leave it out"
+        )
 
 
 def parameters_for(optimizer: Choice, model: nn.Module) -> list[Any]:

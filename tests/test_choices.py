@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from hessianflow import HessianFlowError
 from hessianflow.choices import build_optimizer, build_scheduler
 from hessianflow.config import TrainConfig
 from hessianflow.resolve import resolve
@@ -20,6 +21,20 @@ def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(
     for settings in (older, {"optimizer": {"name": "lars", "form": form}}):
         config = resolve(TrainConfig(**settings))
         assert build_optimizer(config, nn.Linear(2, 2)).param_groups[0]["form"] == form
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "adam", "capturable": True},
+        {"name": "sam", "base": {"name": "adamw", "capturable": True}},
+    ],
+)
+def test_torch_can_capture_no_step_on_a_processor(optimizer: dict[str, Any]) -> None:
+    """It would say so in the first step, by an assertion that names no option."""
+    config = resolve(TrainConfig(optimizer=optimizer, lr=0.01))
+    with pytest.raises(HessianFlowError, match="capturable true of adamw? needs a GPU"):
+        build_optimizer(config, nn.Linear(2, 2))
 
 
 def cooldown(decay_from: float) -> dict[str, Any]:
