@@ -33,7 +33,7 @@ def test_momentum_correction_takes_the_rate_out_of_the_velocity_of_lars(
 def test_torch_can_capture_no_step_on_a_processor(optimizer: dict[str, Any]) -> None:
     """It would say so in the first step, by an assertion that names no option."""
     config = resolve(TrainConfig(optimizer=optimizer, lr=0.01))
-    with pytest.raises(HessianFlowError, match="capturable true of adamw? needs a GPU"):
+    with pytest.raises(HessianFlowError, match=r"capturable true of adamw? needs a GPU"):
         build_optimizer(config, nn.Linear(2, 2))
 
 
