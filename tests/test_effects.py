@@ -179,7 +179,7 @@ def test_the_refusal_names_what_the_option_belongs_to(settings: dict[str, Any], 
         ),
         (
             {"optimizer": {"name": "adam", "momentum": 0.5}},
-            "--optimizer.momentum is an option of sgd and lars and clars, not of adam",
+            "--optimizer.momentum is an option of sgd and lars and clars and muon, not of adam",
         ),
         (
             {"optimizer": {"name": "sgd", "trust_coefficient": 0.1}},

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hessianflow.interfaces.control import (
+    HESSIAN,
     NO_SIGNALS,
     BatchController,
     Capped,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "HESSIAN",
     "NO_SIGNALS",
     "Adversary",
     "AgreedError",
