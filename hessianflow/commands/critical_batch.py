@@ -272,8 +272,8 @@ def _report(
     print(_table(results, settings))
     if not math.isfinite(results[0].excess):
         raise HessianFlowError(
-            f"branches of the smallest batch, {results[0].batch_size}, diverged, so there is nothing"
-            f" to compare with: name a lower rate than {settings['lr']:.4g} with --lr"
+            f"branches of the smallest batch, {results[0].batch_size}, diverged, so there is"
+            f" nothing to compare with: name a lower rate than {settings['lr']:.4g} with --lr"
         )
     print(_verdict(results, critical, tolerance))
     rows = [finite(vars(result)) for result in results]
