@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         JudgesStatistics,
         LinearOperator,
         MeasuresModel,
+        Remarks,
     )
     from hessianflow.interfaces.training import (
         Adversary,
@@ -101,6 +102,7 @@ __all__ = [
     "Progress",
     "RecordSink",
     "Reducer",
+    "Remarks",
     "ResizableBatches",
     "Rewindable",
     "SecondOrder",
