@@ -56,7 +56,8 @@ class CurvatureReading:
         seconds: Wall time of the measurement.
         details: Further named figures: "smoothed"; of a probe that knows the optimizer,
             "sharpness", "threshold" (steps are stable while rate times sharpness is below it) and
-            "edge_share", the share of the threshold in use.
+            "edge_share", the share of the threshold in use. They are those of the function that is
+            measured: with batch normalisation only norm_mode "batch" measures the one trained.
         matrix: Name of the matrix whose eigenvalues these are. It is not the Hessian of the loss
             if the probe knows the optimizer, and that preconditions its steps (Adam).
     """
