@@ -28,6 +28,9 @@ def _rounding(parameters: Sequence[Tensor]) -> float:
 class LossLine:
     """The loss along an update; the weights are put back at the end, bit for bit.
 
+    They are written to by `.data`, which leaves a graph of the caller's usable: to autograd the
+    weights have not changed, and when the graph is used they have not.
+
     Attributes:
         passes: forward passes made.
         rounding: change of the loss that rounding may explain.
@@ -52,7 +55,7 @@ class LossLine:
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
             for parameter, origin in zip(self._operator.parameters, self._origins, strict=True):
-                parameter.copy_(origin)
+                parameter.data.copy_(origin)
 
     def _change(self, scale: float) -> float:
         """Return L(w - scale d) - L(w); infinite if that loss is nan."""
@@ -62,7 +65,7 @@ class LossLine:
                 self._operator.parameters, self._origins, self._steps, strict=True
             ):
                 # In the type of the step, because weights of 16 bits have no such scales.
-                parameter.copy_(torch.sub(origin, step.view_as(origin), alpha=scale))
+                parameter.data.copy_(torch.sub(origin, step.view_as(origin), alpha=scale))
         change = self._operator.mean_loss() - self._start
         if math.isnan(change):
             return math.inf

@@ -388,6 +388,18 @@ def test_weights_of_16_bits_are_not_taken_to_stand_still(dtype: torch.dtype) -> 
         assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_of_the_caller_can_still_be_differentiated(form: str) -> None:
+    model, batch = tanh_net(torch.float32)
+    optimizer = SGD(model.parameters(), 0.1)
+    loss_fn = nn.CrossEntropyLoss()
+    expected = torch.autograd.grad(loss_fn(model(batch[0]), batch[1]), list(model.parameters()))
+    loss = loss_fn(model(batch[0]), batch[1])
+    critical_rate(model, loss_fn, batch, optimizer, form=form)  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_small_displacement_of_weights_of_16_bits_has_a_product() -> None:
     model, batch = tanh_net(torch.float16)
     found = critical_rate(model, nn.CrossEntropyLoss(), batch, SGD(model.parameters(), 1e-4))
