@@ -93,7 +93,7 @@ class TrainConfig:
             the same at every resolution.
         dropouts: Dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; with
             conadv only at staleness 0; default: none.
-        curvature: When to measure the top eigenvalue, which is every epoch, when the
+        curvature: When to measure the top Hessian eigenvalue, which is every epoch, when the
             controller needs it, or never (off).
         probe_examples: Training examples on which the curvature is measured; default: 128 for
             digits, else 64. The published ABSA runs took 128, at twice the cost or more, which
