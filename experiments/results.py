@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.result_rows import FORMAT, RESULTS, Row, append_row, field, read_rows
+from hessianflow.interfaces import HESSIAN
 from hessianflow.runs import History
 from hessianflow.runs.files import write_text
 from hessianflow.runs.text import in_csv, in_figure, in_latex, in_markdown
@@ -46,7 +47,11 @@ def row_of(problem: str, method: str, settings: Mapping[str, Any], history: Hist
     """The row of a finished run, but for its format; `settings`: all of them, the seed among
     them."""
     summary = history.summary
-    curvature = {row["examples"]: row["eigenvalue"] for row in history.curvature}
+    curvature = {
+        row["examples"]: row["eigenvalue"]
+        for row in history.curvature
+        if row.get("matrix", HESSIAN) == HESSIAN
+    }
     return {
         "problem": problem,
         "method": method,

@@ -15,6 +15,7 @@ from hessianflow.curvature import CurvatureProbe, HessianOperator, top_eigenpair
 from hessianflow.curvature.edge import ProbeOperator
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
 from hessianflow.interfaces import Batch, EpochMeasurement, LinearOperator
+from hessianflow.methods import KINDS, find
 from hessianflow.parts import Parts, resolved_precision
 from hessianflow.training.progressive import ProgressiveResize
 
@@ -46,10 +47,13 @@ def build_probe(
     """Return a probe on a fixed, un-augmented sample of the training set, or None if it is off.
 
     The sample has the resolution that training is at. With an optimizer the probe measures the
-    sharpness that its steps meet.
+    sharpness that its steps meet, unless the controller decides by the Hessian itself.
     """
     if config.curvature == "off":
         return None
+    kind = KINDS["controller"]
+    if getattr(find(kind, config.controller.name, kind.name), "reads_hessian", False):
+        optimizer = None
     count = min(config.probe_examples, parts.train.num_examples)
     batch: Batch = parts.train.sample(count, config.seed)
     sample: Batch | Callable[[], Batch] = batch

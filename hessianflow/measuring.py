@@ -90,6 +90,16 @@ def measuring(model: nn.Module, norm_mode: NormMode = "eval") -> Iterator[nn.Mod
         _restore_generators(generators)
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the states of the random generators of torch (CPU), NumPy and Python back afterwards."""
+    states = _generator_states(set())
+    try:
+        yield
+    finally:
+        _restore_generators(states)
+
+
 _Copy = tuple[list[Tensor], list[int], Tensor]
 
 

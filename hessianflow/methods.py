@@ -10,6 +10,9 @@ its docstring as their help. A class may have any of these members to adapt the 
                                                 "schedule", "norm_mode", "adversary"
     follows_rule: bool                          whether the rate follows the batch by a rule, which
                                                 another rule may replace (of a controller)
+    reads_hessian: bool                         whether it decides by the Hessian's eigenvalue of
+                                                the largest magnitude, whatever the optimizer (of a
+                                                controller)
     defaults(run, options) -> Mapping           class method: defaults that depend on the run
     refuses(run, options) -> str                class method: the reason why it cannot train this
                                                 run, or ""

@@ -59,7 +59,8 @@ def monitor(
 
     Args:
         model: the model; wrappers are removed.
-        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch.
+        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch. Whatever its
+            reduction, the mean over examples is measured: train with the mean, too.
         batch: 64 to 512 examples, best the same ones each time: a pair (inputs, targets) or a dict.
         optimizer: the one that trains, of any kind.
         seconds: time to spend. The first figure, one product, is measured in any case and tells the
@@ -77,13 +78,14 @@ def monitor(
         - "edge_share": the share of the threshold in use: above 1, steps grow along an eigenvector.
         - "critical_rate": the rate at which the next update would leave the loss where it is.
         - "noise_scale": tr(C) / |G|^2 in examples; "critical_batch": tr(H C) / (G.HG), beyond which
-          more examples help little. Both take P^-1 times the gradient for the gradient.
+          more examples help little. Both take P^-1 times the gradient for the gradient, and are
+          infinite where noise hides the gradient of so few examples.
         - "converged": 1 if the sharpness met its tolerance of a percent, else 0; "products" and
           "seconds" spent.
 
     Raises:
-        HessianFlowError: the arguments do not fit together, as HessianOperator raises. Weights or a
-            loss that are not finite give nan.
+        HessianFlowError: the arguments do not fit together, as HessianOperator raises, or the
+            optimizer holds no weight of the model. Weights or a loss that are not finite give nan.
 
     Example:
         >>> import hessianflow as hf
@@ -102,6 +104,11 @@ def monitor(
     figures |= {"learning_rate": geometry.rate, "threshold": geometry.threshold, "products": 0.0}
     options: dict[str, Any] = {"norm_mode": norm_mode, "microbatch_size": microbatch_size}
     operator = HessianOperator(model, loss_fn, batch, check_deterministic=False, **options)
+    if not set(operator.parameters) & set(geometry.parameters):
+        raise HessianFlowError(
+            f"the {geometry.name} holds no trainable weight of the model: pass the optimizer that"
+            " trains it, made of its parameters as they are now"
+        )
     try:
         _along_the_update(figures, operator, unwrap(model), optimizer, geometry)
         price = time.perf_counter() - began
@@ -141,7 +148,7 @@ def _along_the_update(
     if not geometry.linear:
         figures["sharpness"] = found.sharpness
         figures["edge_share"] = geometry.edge_share(found.sharpness)
-        figures["converged"] = 1.0
+        figures["converged"] = float(math.isfinite(found.sharpness))
 
 
 def _sharpness(

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from hessianflow.choices import build_optimizer
 from hessianflow.config import TrainConfig
 from hessianflow.curvature.probe import GRADIENTS_PER_PRODUCT
 from hessianflow.measurements import FLOAT32_PER_16_BIT, build_probe
@@ -37,6 +39,34 @@ def test_runs_in_the_words_of_an_earlier_release_go_on_as_they_began(tmp_path, r
         assert config.schedule.options["decay_from"] == 7
     if "milestones" in recorded:
         assert config.schedule.options["milestones"] == (4,)
+
+
+def test_absa_reads_the_hessian_itself_whatever_the_optimizer():
+    """Its published rule is about the eigenvalue of the largest magnitude; others get the edge."""
+    told = {}
+    for controller in ("absa", "fixed"):
+        config = resolve(
+            TrainConfig(
+                data="fake",
+                train_examples=64,
+                test_examples=8,
+                batch_size=8,
+                probe_examples=8,
+                epochs=1,
+                optimizer="adamw",  # type: ignore[arg-type]
+                controller=controller,  # type: ignore[arg-type]
+            )
+        )
+        parts = build_parts(config)
+        optimizer = build_optimizer(config, parts.model)
+        inputs, targets = parts.train.sample(8)
+        torch.nn.functional.cross_entropy(parts.model(inputs), targets).backward()
+        optimizer.step()
+        probe = build_probe(config, parts, optimizer=optimizer)
+        assert probe is not None
+        reading = probe()
+        told[controller] = (reading.matrix, "edge_share" in reading.details)
+    assert told == {"absa": ("Hessian", False), "fixed": ("preconditioned Hessian", True)}
 
 
 @pytest.mark.parametrize(("precision", "price"), [("float32", 1.0), ("bf16", FLOAT32_PER_16_BIT)])

@@ -117,8 +117,35 @@ def test_weights_that_are_not_finite_give_nan_and_stop_nothing() -> None:
     assert figures["learning_rate"] == 0.1
 
 
+def test_a_dict_batch_of_a_network_with_batch_normalisation_has_a_noise_scale() -> None:
+    """The loss runs the model, whose batch statistics are other ones for every cut of the rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    inputs = torch.randn(256, 5)
+    targets = inputs[:, 0].gt(0).long()
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batch = {"inputs": inputs, "labels": targets}
+    found = hf.monitor(
+        model, lambda net, b: loss_fn(net(b["inputs"]), b["labels"]), batch, optimizer
+    )
+    pair = hf.monitor(model, loss_fn, (inputs, targets), optimizer)
+    assert 0 < found["noise_scale"] < math.inf
+    assert found["noise_scale"] == pytest.approx(pair["noise_scale"], rel=1e-4)
+
+
+def test_an_update_of_zero_has_no_sharpness() -> None:
+    problem = small()
+    figures = monitored(problem, hf.optim.Muon([problem.model[0].weight], lr=0.0))
+    assert math.isnan(figures["sharpness"])
+    assert figures["converged"] == 0
+
+
 def test_mistakes_are_refused() -> None:
     problem = small()
+    stranger = SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(HessianFlowError, match="the SGD holds no trainable weight of the model"):
+        monitored(problem, stranger)
     optimizer = SGD(problem.model.parameters(), lr=0.1)
     with pytest.raises(HessianFlowError, match="seconds must be positive, got 0"):
         monitored(problem, optimizer, seconds=0)

@@ -68,8 +68,12 @@ def show(row: Mapping[str, Any]) -> None:
         replay = hf.control.replay(history(row), controller)
         sizes = ", ".join(f"{step.epoch}:{step.decision.batch_size}" for step in replay.changes)
         print(f"{name:30} {replay.updates:5} updates   {sizes}")
-    optimizer = settings.get("optimizer")
-    momentum = optimizer.get("momentum", 0.9) if isinstance(optimizer, dict) else 0.9
+    optimizer = settings.get("optimizer", "sgd")
+    if not isinstance(optimizer, dict):
+        optimizer = {"name": optimizer}
+    if optimizer["name"] != "sgd":
+        return  # the edge below is that of SGD
+    momentum = optimizer.get("momentum", 0.9)
     edge = 2 * (1 + momentum)
     used = [e["eigenvalue"] * e["lr"] / edge for e in row["epochs"] if e["eigenvalue"] is not None]
     print("share of the edge used, by epoch: " + " ".join(f"{share:.3f}" for share in used))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -265,6 +266,11 @@ def _report(
     results = compared(branches)
     critical = critical_size(results, tolerance)
     print(_table(results, settings))
+    if not math.isfinite(results[0].excess):
+        raise HessianFlowError(
+            f"branches of the smallest batch, {results[0].batch_size}, diverged, so there is"
+            f" nothing to compare with: name a lower rate than {settings['lr']:.4g} with --lr"
+        )
     print(_verdict(results, critical, tolerance))
     rows = [finite(vars(result)) for result in results]
     summary = {

@@ -18,11 +18,11 @@ multiplies it by a factor that begins at 1. ABS is the method without an adversa
 
 Deviations from the published code:
 
-- A reading that is missing, not finite, <= 0, not converged or not reliable counts towards the
-  patience but is neither compared nor taken as the reference. In the published code a negative
-  estimate makes the test true for ever and a NaN as the first one makes it false for ever, and
-  estimates that fell from 10^9 to 10^3, under running statistics that had not settled, drove one
-  growth after another.
+- A reading that is missing, not of the Hessian itself, not finite, <= 0, not converged or not
+  reliable counts towards the patience but is neither compared nor taken as the reference. In the
+  published code a negative estimate makes the test true for ever and a NaN as the first one makes
+  it false for ever, and estimates that fell from 10^9 to 10^3, under running statistics that had
+  not settled, drove one growth after another.
 - The factors of decay, growth and share are three settings instead of one, and the patience is a
   setting.
 - Sizes count examples, not microbatches, so that any cap is possible. A growth adds at least one
@@ -38,7 +38,7 @@ from hessianflow.checks import check_number
 from hessianflow.control.checks import check_optional_count
 from hessianflow.control.controller import Controller, ControllerState, Measured, grown
 from hessianflow.facts import RunFacts
-from hessianflow.interfaces.control import CurvatureReading, Progress
+from hessianflow.interfaces.control import HESSIAN, CurvatureReading, Progress
 
 
 @dataclass
@@ -68,6 +68,7 @@ class ABSA(Controller[ABSAState]):
     """
 
     follows_rule = True
+    reads_hessian = True
 
     def __init__(
         self,
@@ -189,6 +190,8 @@ def _defect(reading: CurvatureReading | None) -> str:
     """Return what makes a reading unfit for a comparison, or an empty string."""
     if reading is None:
         return "no reading"
+    if reading.matrix != HESSIAN:
+        return f"that of the {reading.matrix}"
     if not math.isfinite(reading.eigenvalue):
         return f"not finite ({reading.eigenvalue})"
     if reading.eigenvalue <= 0:

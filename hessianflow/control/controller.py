@@ -61,6 +61,9 @@ class Controller(ABC, Generic[S]):
     """Settings of a run with this controller, unless the user gives others."""
     follows_rule: bool = False
     """Whether the learning rate follows the batch by a rule that another rule may replace."""
+    reads_hessian: ClassVar[bool] = False
+    """Whether it decides by the Hessian's eigenvalue of the largest magnitude, whatever the
+    optimizer. Other controllers get that which decides where the optimizer's steps are stable."""
 
     def __init__(self, state: S, max_batch_size: int) -> None:
         check_count("batch_size", state.batch_size)

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessianflow.checks import check_count
-from hessianflow.interfaces.control import BatchController, CurvatureReading, Decision, Progress
+from hessianflow.interfaces.control import (
+    HESSIAN,
+    BatchController,
+    CurvatureReading,
+    Decision,
+    Progress,
+)
 from hessianflow.interfaces.errors import HessianFlowError
 
 _MEASURING_KINDS = ("epoch", "curvature", "signals")
@@ -149,6 +155,7 @@ def _reading(moment: Mapping[str, Any]) -> CurvatureReading | None:
         converged=bool(moment.get("converged", True)),
         reliable=bool(moment.get("reliable", True)),
         norm_mode=moment.get("norm_mode", "eval"),
+        matrix=moment.get("matrix", HESSIAN),
         details={name: moment[name] for name in _DETAILS if moment.get(name) is not None},
     )
 

@@ -25,6 +25,7 @@ the schedule between two growths, and rate / sqrt(batch) is right at any time. O
 reached, the rate falls as the schedule says.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -139,6 +140,8 @@ class Seesaw(BoundedController[SeesawState]):
         state = self._state
         state.looks = self._looks(measured.progress)
         scheduled = measured.signals["learning_rate"] / state.lr_factor
+        if not 0 <= scheduled < math.inf:
+            return f"rate {scheduled:.4g} is negative or not finite"
         state.peak_rate = max(state.peak_rate, scheduled)
         # A rate of 0 before any other is the beginning of a warm-up; later it is the last decay.
         target = float(self.min_batch_size)

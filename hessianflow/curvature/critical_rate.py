@@ -39,8 +39,8 @@ from hessianflow.curvature.crossing import crossing
 from hessianflow.curvature.displacement import displacement
 from hessianflow.curvature.geometry import ALONG, reference_rate
 from hessianflow.curvature.hessian import HessianOperator
-from hessianflow.curvature.operator import NonFiniteError
-from hessianflow.curvature.vectors import estimating, flatten, unflatten
+from hessianflow.curvature.loss_line import LossLine
+from hessianflow.curvature.vectors import estimating, flatten
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import measuring, unwrap
 
@@ -48,12 +48,8 @@ Form = Literal["product", "forward"]
 
 MOST_TRIALS = 7
 """Most passes for the root, so that those at the weights and to both sides of them make ten."""
-ASIDE = 0.02
-"""Distance of the passes to both sides of the weights, in critical rates. Our choice."""
 CLIMBS = "the update climbs"
 FALLS = "the loss only falls along the update"
-ROUNDINGS = 32
-"""Machine epsilons of the loss that a change must be expected to exceed to tell anything."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +255,13 @@ def held_gradient(operator: HessianOperator) -> Tensor:
 
 
 def _by_product(operator: UpdateOperator, moved: Tensor, rate: float, slope: float) -> CriticalRate:
+    with estimating(operator):
+        # In weights of 16 bits a small displacement would vanish. A power of two changes no bit.
+        exponent = max(math.frexp(float(moved.norm()))[1], -100)
+        moved.mul_(2.0**-exponent)
     product = operator.matvec(moved)
     with estimating(operator):
-        curvature = float(torch.dot(moved, product))
+        curvature = math.ldexp(float(torch.dot(moved, product)), 2 * exponent)
     if not math.isfinite(curvature):
         note = "the curvature along the update is not finite"
         return CriticalRate(rate, math.nan, slope, curvature, products=1, note=note)
@@ -275,60 +275,11 @@ def _by_product(operator: UpdateOperator, moved: Tensor, rate: float, slope: flo
 def _by_passes(operator: HessianOperator, moved: Tensor, rate: float, slope: float) -> CriticalRate:
     if slope <= 0:
         return CriticalRate(rate, 0.0, slope, math.nan, note=CLIMBS)
-    with _Line(operator, moved, slope) as line:
-        scale = crossing(line.rise, -slope, MOST_TRIALS)
+    with LossLine(operator, moved, slope) as line:
+        # At a rate far from the critical one, the first step that tells anything is a longer one.
+        first = max(1.0, line.rounding / slope)
+        scale = crossing(line.rise, -slope, MOST_TRIALS, first=first, error=line.rounding)
         if scale == math.inf:
             return CriticalRate(rate, scale, slope, math.nan, passes=line.passes, note=FALLS)
         curvature = line.curvature(scale)
     return CriticalRate(rate, rate * scale, slope, curvature, passes=line.passes)
-
-
-class _Line:
-    """The loss along an update; the weights are put back at the end, bit for bit."""
-
-    def __init__(self, operator: HessianOperator, moved: Tensor, slope: float) -> None:
-        self._operator = operator
-        self._steps = unflatten(moved, operator.parameters)
-        self._slope = slope
-        self._start = operator.mean_loss()
-        if not math.isfinite(self._start):
-            raise NonFiniteError(
-                "the loss is not finite (nan or inf); look at the weights and the inputs"
-            )
-        self.passes = 1
-        self._rounding = ROUNDINGS * torch.finfo(operator.dtype).eps * abs(self._start)
-
-    def __enter__(self) -> "_Line":
-        self._origins = [p.detach().clone() for p in self._operator.parameters]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for parameter, origin in zip(self._operator.parameters, self._origins, strict=True):
-                parameter.copy_(origin)
-
-    def _change(self, scale: float) -> float:
-        """Return L(w - scale d) - L(w); infinite if that loss is nan."""
-        self.passes += 1
-        with torch.no_grad():
-            for parameter, origin, step in zip(
-                self._operator.parameters, self._origins, self._steps, strict=True
-            ):
-                parameter.copy_(torch.sub(origin, step, alpha=scale))
-        change = self._operator.mean_loss() - self._start
-        if math.isnan(change):
-            return math.inf
-        return change
-
-    def rise(self, scale: float) -> float:
-        """Return the change per scale, or that of the slope where rounding would drown it."""
-        if scale * self._slope < self._rounding:
-            return -self._slope
-        return self._change(scale) / scale
-
-    def curvature(self, critical: float) -> float:
-        """Return d.H d from the losses a little to both sides."""
-        fall = critical * self._slope  # also the rise of the parabola as far as this
-        share = max(ASIDE, min(0.5, math.sqrt(self._rounding / fall)))
-        scale = share * critical
-        return (self._change(scale) + self._change(-scale)) / scale**2

@@ -9,7 +9,9 @@ from hessianflow.curvature.critical_rate import UpdateOperator, critical_rate_on
 from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
 from hessianflow.curvature.preconditioned import PreconditionedOperator
 from hessianflow.curvature.selection import Selection, select_parameters
-from hessianflow.interfaces import HessianFlowError, LinearOperator
+from hessianflow.interfaces import HESSIAN, HessianFlowError, LinearOperator
+
+PRECONDITIONED = "preconditioned Hessian"
 
 
 class ProbeOperator(LinearOperator, Protocol):
@@ -31,7 +33,8 @@ class Edge:
 
     Attributes:
         seen: the matrix whose top eigenvalue decides: the preconditioned Hessian, or the Hessian
-            itself where there is no preconditioner.
+            itself where there is no preconditioner, as for SGD.
+        matrix: its name.
         note: what the optimizer's geometry leaves out.
         matvecs: products spent besides those of the top eigenvalue.
     """
@@ -50,13 +53,20 @@ class Edge:
         self.note = ""
         self.matvecs = 0
         self.seen = operator
+        self.matrix = HESSIAN
+        self._decay = 0.0
         if optimizer is None:
             return
         self._geometry = optimizer_geometry(optimizer)
         self.note = self._geometry.note
         if self._geometry.linear:
             _, parameters = select_parameters(model, params)
-            self.seen = PreconditionedOperator(operator, self._geometry, parameters)
+            seen = PreconditionedOperator(operator, self._geometry, parameters)
+            if seen.shift is None:
+                self.seen = seen
+                self.matrix = PRECONDITIONED
+            else:
+                self._decay = seen.shift
 
     def figures(self, leading: float) -> dict[str, float]:
         """Return sharpness, threshold and the share of it in use.
@@ -70,7 +80,7 @@ class Edge:
         """
         if self._geometry is None or self._optimizer is None:
             return {}
-        sharpness = leading
+        sharpness = leading + self._decay
         if not self._geometry.linear:
             if not isinstance(self._operator, UpdateOperator):
                 return {}

@@ -135,7 +135,8 @@ def _stepped(
     """Return the parameters of a group that have this moment, with their states."""
     # `get`, because reading a missing state by index would make one.
     states = [(p, optimizer.state.get(p, {})) for p in group["params"]]
-    return [(parameter, state) for parameter, state in states if moment in state]
+    # A fused step that a GradScaler skipped leaves a state of zero steps.
+    return [(p, state) for p, state in states if moment in state and float(state["step"]) > 0]
 
 
 def _inverse(state: Mapping[str, Any], moment: str, eps: Any, beta2: float) -> Tensor:

@@ -35,7 +35,7 @@ from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.noise_ratio import PartProducts, RatioEstimate
 from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, single_batch
-from hessianflow.curvature.vectors import flatten
+from hessianflow.curvature.vectors import estimating, flatten
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 
 PARTS = 32
@@ -143,7 +143,8 @@ def noise_scale(
         norm_mode=norm_mode,
     )
     ring = _Ring(whole, _parts_of(data, parts), _updater(update, whole.parameters, whole.dtype))
-    with_curvature, simple = ring.products()
+    with estimating(whole):
+        with_curvature, simple = ring.products()
     per_weight = ring.examples / ring.weight
     return NoiseScaleResult(
         with_curvature.ratio(per_weight),

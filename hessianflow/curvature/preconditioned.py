@@ -63,6 +63,13 @@ class PreconditionedOperator(Operator):
         self._root = geometry.inverse_root(parameters, operator.dtype)
         self._decay = geometry.decay(parameters, operator.dtype)
 
+    @property
+    def shift(self) -> float | None:
+        """Return b if the matrix is H + b I, whose eigenvalues are those of H plus b; else None."""
+        if self._root is None and not isinstance(self._decay, Tensor):
+            return self._decay
+        return None
+
     def _product(self, vector: Tensor) -> Tensor:
         inner = self._scaled(vector)
         product = self._base.matvec(inner)

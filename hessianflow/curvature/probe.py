@@ -36,6 +36,7 @@ from hessianflow.curvature.selection import Selection, listed
 from hessianflow.curvature.smoothing import SmoothedValue, Smoothing
 from hessianflow.curvature.warm_start import SPARE_VECTORS, remembered
 from hessianflow.interfaces import (
+    HESSIAN,
     CurvatureReading,
     JudgesStatistics,
     LinearOperator,
@@ -89,8 +90,8 @@ class CurvatureProbe:
             have settled (normalisation/statistics.py). False takes that for granted, as the
             published code of ABSA does.
         optimizer: the optimizer that trains. The eigenvalues are then those of its preconditioned
-            Hessian, and `details` says how near its steps are to their edge (edge.py); `note` says
-            what does not hold.
+            Hessian, as `matrix` says, and `details` says how near its steps are to their edge
+            (edge.py); `note` says what does not hold.
         operator: makes the measured operator, called like HessianOperator; on several ranks
             `hessianflow.distributed.sharded(world)`.
 
@@ -179,8 +180,10 @@ class CurvatureProbe:
         unsettled = None
         result: EigenResult | None = None
         figures: dict[str, float] = {}
+        matrix = HESSIAN
         try:
             edge = self._edge_of(operator)
+            matrix = edge.matrix
             result = self._measure(edge.seen)
             figures = edge.figures(float(result.values[0]))
             result = replace(result, matvecs=result.matvecs + edge.matvecs)
@@ -193,7 +196,8 @@ class CurvatureProbe:
             operator.release()
             self._calls += 1
         self._account(result, examples, unsettled is None)
-        return self._reading(result, examples, time.perf_counter() - began, unsettled, figures)
+        reading = self._reading(result, examples, unsettled, figures)
+        return replace(reading, matrix=matrix, seconds=time.perf_counter() - began)
 
     def is_affordable(self, examples: int) -> bool:
         """Return whether the budget after `examples` training examples covers another call.
@@ -280,7 +284,6 @@ class CurvatureProbe:
         self,
         result: EigenResult | None,
         examples: int,
-        seconds: float,
         unsettled: tuple[float, float] | None,
         figures: Mapping[str, float],
     ) -> CurvatureReading:
@@ -301,7 +304,6 @@ class CurvatureProbe:
             eigenvalues=tracked,
             norm_mode=self._norm_mode,
             num_examples=examples,
-            seconds=seconds,
             details=self._details(unsettled, figures),
             reliable=unsettled is None,
         )

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hessianflow.interfaces.control import (
+    HESSIAN,
     NO_SIGNALS,
     BatchController,
     Capped,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         JudgesStatistics,
         LinearOperator,
         MeasuresModel,
+        Remarks,
     )
     from hessianflow.interfaces.training import (
         Adversary,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "HESSIAN",
     "NO_SIGNALS",
     "Adversary",
     "AgreedError",
@@ -99,6 +102,7 @@ __all__ = [
     "Progress",
     "RecordSink",
     "Reducer",
+    "Remarks",
     "ResizableBatches",
     "Rewindable",
     "SecondOrder",

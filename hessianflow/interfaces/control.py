@@ -9,6 +9,9 @@ NormMode = Literal["eval", "batch"]
 """Statistics of batch normalisation in a measurement: "eval" uses the running ones, "batch" those
 of the measured batch, which leaves the running ones untouched."""
 
+HESSIAN = "Hessian"
+"""Name of the matrix of second derivatives of the loss, of which most readings are."""
+
 NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 
 
@@ -36,8 +39,8 @@ class CurvatureReading:
     """One measurement of the loss curvature, with `float("nan")` for figures that are not finite.
 
     Attributes:
-        eigenvalue: Leading eigenvalue with its sign. It is the largest in magnitude unless the
-            probe was told otherwise; of the preconditioned matrix if the probe knows the optimizer.
+        eigenvalue: Leading eigenvalue of `matrix` with its sign: the largest in magnitude or, if
+            the probe knows the optimizer, the largest, unless the probe was told otherwise.
         residual: ||H v - eigenvalue v|| for the unit vector v found. A true eigenvalue is within
             this distance.
         matvecs: Matrix-vector products spent.
@@ -53,7 +56,10 @@ class CurvatureReading:
         seconds: Wall time of the measurement.
         details: Further named figures: "smoothed"; of a probe that knows the optimizer,
             "sharpness", "threshold" (steps are stable while rate times sharpness is below it) and
-            "edge_share", the share of the threshold in use.
+            "edge_share", the share of the threshold in use. They are those of the function that is
+            measured: with batch normalisation only norm_mode "batch" measures the one trained.
+        matrix: Name of the matrix whose eigenvalues these are. It is not the Hessian of the loss
+            if the probe knows the optimizer, and that preconditions its steps (Adam).
     """
 
     eigenvalue: float
@@ -66,6 +72,7 @@ class CurvatureReading:
     seconds: float = 0.0
     details: Mapping[str, float] = field(default_factory=dict)
     reliable: bool = True
+    matrix: str = HESSIAN
 
 
 @dataclass(frozen=True)

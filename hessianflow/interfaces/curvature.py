@@ -42,6 +42,14 @@ class Budgeted(Protocol):
 
 
 @runtime_checkable
+class Remarks(Protocol):
+    """A probe that says what its latest reading leaves out."""
+
+    note: str
+    """Recorded once a run; empty if there is nothing to say."""
+
+
+@runtime_checkable
 class MeasuresModel(Protocol):
     """A probe that gives the model it measures."""
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim.copying import CopyableOptimizer
 
 
-class CheckedOptimizer(Optimizer):
+class CheckedOptimizer(CopyableOptimizer):
     """An optimizer that checks the options of every parameter group before it keeps the group."""
 
     _flags: tuple[str, ...] = ("adapt_vectors", "decay_vectors", "capturable")

@@ -81,6 +81,11 @@ Loss = TypeVar("Loss")
 
 REST_RATE: Mapping[str, float] = {"sgd": 0.4, "adamw": 0.0125}
 """Rates of the rest in units of Muon's: 0.1 and 0.003 at the rate 0.24 of renormalised weights."""
+_OPTIONS = {
+    "sgd": {"momentum"},
+    "adamw": {"betas", "eps"},
+    "original": {"momentum", "nesterov", "precision"},  # of every form
+}
 
 
 _MATRICES = ("matrices", "normalised", "unnormalised")
@@ -187,6 +192,11 @@ class Muon(CheckedOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         check_parameters(group["params"], "Muon")
         check_choice("rule", group["rule"], (*get_args(Form)[1:], *get_args(Rest)))
+        missing = _OPTIONS.get(group["rule"], _OPTIONS["original"]) - group.keys()
+        if missing:
+            raise HessianFlowError(
+                f"a group with the rule {group['rule']!r} needs {', '.join(sorted(missing))}, too"
+            )
         for name in ("lr", "rate_factor", "weight_decay"):
             check_number(name, group[name])
         if group["rule"] == "adamw":
@@ -231,7 +241,7 @@ class Muon(CheckedOptimizer):
         torch._foreach_lerp_(direction, grads, 1 - group["momentum"])
         if group["nesterov"]:
             direction = torch._foreach_lerp(grads, direction, group["momentum"])
-        if group["rule"] == "renormalised":
+        if group["rule"] == "renormalised" and rate:
             _renormalise_(params)
         if group["weight_decay"]:
             scale_(params, 1 - rate * group["weight_decay"])

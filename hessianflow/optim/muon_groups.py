@@ -39,7 +39,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.measuring import unwrap
+from hessianflow.measuring import generators_kept, unwrap
 
 _CONVOLUTION = nn.modules.conv._ConvNd
 _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
@@ -82,9 +82,12 @@ def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
         model.
 
     Raises:
-        HessianFlowError: Nothing in the model is for Muon, or a layer is lazy.
+        HessianFlowError: Nothing in the model is for Muon, a layer is lazy, or the model is
+            scripted.
     """
     network = unwrap(model)
+    if isinstance(network, torch.jit.ScriptModule):
+        raise HessianFlowError("a scripted model hides its layers: make the groups before it is")
     if any(map(is_lazy, network.parameters())):
         raise HessianFlowError("the model has lazy layers: run it once on a batch before")
     parts: dict[nn.Parameter, set[str]] = {}
@@ -218,7 +221,7 @@ def _traced(network: nn.Module) -> fx.Graph | None:
     # same parameters, which no forward pass changes.
     shared: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with generators_kept(), torch.no_grad():
             return _Tracer().trace(copy.deepcopy(network, shared))
     except Exception:  # the forward pass of a model may raise anything where it meets no tensor
         return None

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.optim.copying import CopyableOptimizer
 
 
-class WrappingOptimizer(Optimizer):
+class WrappingOptimizer(CopyableOptimizer):
     """An optimizer around another, with the same groups and state; schedulers work on either.
 
     Raises:

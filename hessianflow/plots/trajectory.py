@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hessianflow.interfaces import HESSIAN
 from hessianflow.plots import style
 from hessianflow.plots.events import Growth, growths, key, mark
 from hessianflow.plots.records import Run, RunSource, batch_steps, column, read_runs
@@ -40,8 +41,9 @@ def curvature_trajectory(
 
     Readings that did not converge are drawn hollow, negative ones as a triangle at their magnitude,
     and those that are zero or not finite as a cross at the lower edge. Every change of the batch
-    size has a number, and its reason is given below. The mode of batch normalisation is named at
-    the axis, or beside each run if runs differ in it, so that their eigenvalues cannot be compared.
+    size has a number, and its reason is given below. The matrix and the mode of batch normalisation
+    are named at the axis, or beside each run if runs differ in them, so that their eigenvalues
+    cannot be compared.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
@@ -53,8 +55,13 @@ def curvature_trajectory(
     marks = [_marks(run) for run in read]
     present = {name for of_run in marks for name, (x, _) in of_run.items() if len(x)}
     modes = [_norm_mode(run) for run in read]
-    label = "top Hessian eigenvalue"
     names = [run.name for run in read]
+    matrices = [_matrix(run) for run in read]
+    label = "top eigenvalue"
+    if len(set(matrices)) == 1:
+        label = f"top {in_figure(matrices[0])} eigenvalue"
+    else:
+        names = [f"{name} ({matrix})" for name, matrix in zip(names, matrices, strict=True)]
     if len(set(modes)) == 1:
         label += in_figure(modes[0])
     else:
@@ -107,6 +114,12 @@ def _norm_mode(run: Run) -> str:
     if not modes:
         return ""
     return f" (norm mode: {style.cut(plain(', '.join(modes)), _LONGEST_MODE)})"
+
+
+def _matrix(run: Run) -> str:
+    """Return the name of the matrix, or the names, whose eigenvalues the run's readings are."""
+    names = dict.fromkeys(str(row.get("matrix", HESSIAN)) for row in run.of_kind("curvature"))
+    return style.cut(plain(", ".join(names) or HESSIAN), _LONGEST_MODE)
 
 
 def _marks(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -75,6 +75,7 @@ class CurvatureRow(_CurvatureRequired, total=False):
     converged: bool
     reliable: bool
     norm_mode: str
+    matrix: str
     num_examples: Count
     seconds: Figure
     eigenvalues: list[Figure]
@@ -206,6 +207,7 @@ def reading_row(progress: Progress, reading: CurvatureReading, note: str) -> Rec
         "converged": reading.converged,
         "reliable": reading.reliable,
         "norm_mode": reading.norm_mode,
+        "matrix": reading.matrix,
         "num_examples": reading.num_examples,
         "seconds": reading.seconds,
         **reading.details,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.checks import in_home
-from hessianflow.interfaces import HessianFlowError
+from hessianflow.interfaces import HESSIAN, HessianFlowError
 
 LOGGER = logging.getLogger("hessianflow")
 _PLACE = ("kind", "epoch", "examples", "updates")
@@ -122,9 +122,12 @@ def _reading_line(row: Mapping[str, Any]) -> str:
     if row["eigenvalue"] is None:
         return f"epoch {row['epoch']}: no finite eigenvalue"
     converged = "converged" if row["converged"] else "not converged"
+    matrix = ""
+    if row.get("matrix", HESSIAN) != HESSIAN:
+        matrix = f" of the {row['matrix']}"
     return (
-        f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g} ({converged}, {row['matvecs']}"
-        " products)"
+        f"epoch {row['epoch']}: eigenvalue {row['eigenvalue']:.6g}{matrix} ({converged},"
+        f" {row['matvecs']} products)"
     )
 
 

@@ -9,6 +9,7 @@ from hessianflow.interfaces import (
     CurvatureReading,
     Decision,
     Progress,
+    Remarks,
 )
 from hessianflow.runs import rows
 from hessianflow.training.course import Course, Done
@@ -111,6 +112,8 @@ class Steering:
         with self.stopwatch.section("curvature"):
             self.world.average_buffers()
             reading: CurvatureReading = self.world.broadcast(probe())
+        if isinstance(probe, Remarks) and probe.note:
+            self.reporter.say_once("curvature", probe.note)
         self.last_eigenvalue = reading.eigenvalue
         return reading
 

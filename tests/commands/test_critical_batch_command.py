@@ -90,6 +90,18 @@ def test_a_branch_is_the_same_whether_it_is_run_alone_or_after_others(capsys):
     assert json.loads(file.read_text())["branches"] == whole["branches"]
 
 
+def test_where_the_smallest_batch_diverges_no_batch_is_called_critical(capsys):
+    status, out, error = measure(
+        "--epoch", "1", "--repeats", "1", "--lr", "1e6", "--examples", "64", capsys=capsys
+    )
+    assert status == 2
+    assert "critical batch" not in out
+    assert error.splitlines()[-1].endswith(
+        "branches of the smallest batch, 8, diverged, so there is nothing to compare with: name a"
+        " lower rate than 1e+06 with --lr"
+    )
+
+
 def test_results_go_where_they_are_wanted_and_a_damaged_file_is_set_aside(capsys):
     Path("there").mkdir()
     Path("there/critical_batch.json").write_text("{")

@@ -87,6 +87,17 @@ def test_a_reading_that_was_not_finite_stays_unusable(value: float | None) -> No
     assert result.steps[2].decision.batch_size == 256
 
 
+def test_eigenvalues_of_another_matrix_are_not_compared_by_the_rule_for_the_hessian() -> None:
+    rows = history([100, 40])
+    assert len(replay(rows, ABSA(8, 64, patience=None), total_epochs=9).changes) == 1
+    for row in rows:
+        row["matrix"] = "preconditioned Hessian"
+    found = replay(rows, ABSA(8, 64, patience=None), total_epochs=9)
+    assert found.changes == ()
+    reasons = {step.decision.reason for step in found.steps}
+    assert reasons == {"eigenvalue not used: that of the preconditioned Hessian"}
+
+
 def test_signals_are_read_from_any_row_of_the_moment() -> None:
     rows = history([1.0])
     moments = {

@@ -84,6 +84,13 @@ def test_a_schedule_that_starts_again_starts_again_with_the_first_batch() -> Non
     assert [each.lr_factor for each in decisions] == [1, 2, 1]
 
 
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_a_rate_that_is_none_changes_nothing_and_is_forgotten(rate: float) -> None:
+    decisions = trace(Seesaw(128, 4096), [0.4, 0.2, rate, 0.2, 0.1])
+    assert [each.batch_size for each in decisions] == [128, 256, 256, 256, 512]
+    assert decisions[2].reason == f"rate {rate:.4g} is negative or not finite"
+
+
 @given(st.lists(st.floats(1e-4, 1), min_size=1, max_size=8), st.sampled_from(["sqrt", "linear"]))
 def test_rate_over_the_root_of_the_batch_is_always_that_of_the_schedule(
     rates: list[float], exchange: Any

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 
 from hessianflow import HessianFlowError
 from hessianflow.adversarial import InputHessian
 from hessianflow.curvature import (
     CurvatureProbe,
     HessianOperator,
+    critical_rate,
     diagonal,
     frobenius_norm,
+    noise_scale,
     spectral_density,
     top_eigenpairs,
     trace,
@@ -78,6 +81,24 @@ def test_estimates(mode):
     outside = estimates()
     with mode:
         assert estimates() == pytest.approx(outside, rel=1e-5)
+
+
+def test_gradients_noise_and_critical_rates(mode):
+    model = net()
+    optimizer = SGD(model.parameters(), 0.1)
+
+    def figures() -> list[float]:
+        noise = noise_scale(model, cross_entropy, (INPUTS, TARGETS), parts=5)
+        gradient = HessianOperator(model, cross_entropy, (INPUTS, TARGETS)).gradient()
+        rates = [
+            critical_rate(model, cross_entropy, (INPUTS, TARGETS), optimizer, form=form).critical
+            for form in ("product", "forward")
+        ]
+        return [noise.simple.numerator, noise.with_curvature.numerator, *gradient.tolist(), *rates]
+
+    outside = figures()
+    with mode:
+        assert figures() == pytest.approx(outside, rel=1e-5)
 
 
 def test_evaluation_in_inference_mode():

@@ -19,7 +19,7 @@ from hessianflow.curvature.crossing import crossing
 from hessianflow.curvature.displacement import BY_TENSOR, displacement
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.models.catalogue import create
-from hessianflow.optim import LAMB, LARS, SAM
+from hessianflow.optim import LAMB, LARS, SAM, Muon, muon_groups
 
 FORMS = ("product", "forward")
 
@@ -350,6 +350,61 @@ def test_an_update_of_zero_says_so() -> None:
             found = critical_rate(model, itself, BATCH, optimizer, form=form)  # type: ignore[arg-type]
             assert math.isnan(found.critical)
             assert found.note == "the update is zero"
+
+
+def tanh_net(dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 3)).to(dtype)
+    return model, (torch.randn(128, 10).to(dtype), torch.randint(0, 3, (128,)))
+
+
+@pytest.mark.parametrize("lr", [1.0, 1e-2, 1e-4])
+def test_a_rate_far_below_the_critical_one_tells_as_much(lr: float) -> None:
+    """Muon's critical rate here is 120,000 times the last of these, beyond five tenfold steps."""
+    model, batch = tanh_net(torch.float32)
+    optimizer = Muon(muon_groups(model), lr)
+    by_product, by_passes = (
+        critical_rate(model, nn.CrossEntropyLoss(), batch, optimizer, form=form)  # type: ignore[arg-type]
+        for form in FORMS
+    )
+    assert by_passes.passes <= 10
+    assert by_passes.critical == pytest.approx(11.95, rel=0.01)
+    assert by_passes.local == pytest.approx(by_product.critical, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_not_taken_to_stand_still(dtype: torch.dtype) -> None:
+    """A step smaller than their rounding changes no loss, which is no sign of a critical rate."""
+    model, batch = tanh_net(torch.float32)
+    true = critical_rate(
+        model, nn.CrossEntropyLoss(), batch, SGD(model.parameters(), 0.1), form="forward"
+    )
+    model, batch = tanh_net(dtype)
+    for lr in (0.1, 1.0):
+        optimizer = SGD(model.parameters(), lr)
+        found = critical_rate(model, nn.CrossEntropyLoss(), batch, optimizer, form="forward")
+        assert found.critical == pytest.approx(true.critical, rel=0.25)
+        assert found.local == pytest.approx(true.local, rel=0.5)
+        assert all(parameter.dtype == dtype for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_of_the_caller_can_still_be_differentiated(form: str) -> None:
+    model, batch = tanh_net(torch.float32)
+    optimizer = SGD(model.parameters(), 0.1)
+    loss_fn = nn.CrossEntropyLoss()
+    expected = torch.autograd.grad(loss_fn(model(batch[0]), batch[1]), list(model.parameters()))
+    loss = loss_fn(model(batch[0]), batch[1])
+    critical_rate(model, loss_fn, batch, optimizer, form=form)  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_small_displacement_of_weights_of_16_bits_has_a_product() -> None:
+    model, batch = tanh_net(torch.float16)
+    found = critical_rate(model, nn.CrossEntropyLoss(), batch, SGD(model.parameters(), 1e-4))
+    assert 0 < found.critical < math.inf
+    assert found.curvature > 0
 
 
 def test_negative_curvature_has_no_critical_rate() -> None:

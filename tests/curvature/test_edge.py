@@ -41,11 +41,12 @@ def test_for_sgd_it_is_the_largest_eigenvalue_and_its_share() -> None:
     optimizer = SGD(problem.model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.3)
     probe = probe_of(problem, optimizer)
     reading = probe()
-    truth = float(torch.linalg.eigvalsh(dense_hessian(problem))[-1]) + 0.3
+    truth = float(torch.linalg.eigvalsh(dense_hessian(problem))[-1])
     assert reading.eigenvalue == pytest.approx(truth, rel=1e-5)
-    assert reading.details["sharpness"] == reading.eigenvalue
+    assert reading.matrix == "Hessian"
+    assert reading.details["sharpness"] == pytest.approx(truth + 0.3, rel=1e-5)
     assert reading.details["threshold"] == pytest.approx(3.8)
-    assert reading.details["edge_share"] == pytest.approx(0.05 * truth / 3.8, rel=1e-5)
+    assert reading.details["edge_share"] == pytest.approx(0.05 * (truth + 0.3) / 3.8, rel=1e-5)
     assert probe.note == ""
 
 
@@ -57,6 +58,7 @@ def test_for_adam_it_is_that_of_the_preconditioned_hessian() -> None:
     diagonal = torch.cat([geometry.preconditioner(p) for p in problem.model.parameters()])  # type: ignore[misc]
     values = torch.linalg.eigvals(dense_hessian(problem) / diagonal[:, None]).real
     assert reading.eigenvalue == pytest.approx(float(values.max()), rel=1e-4)
+    assert reading.matrix == "preconditioned Hessian"
     assert reading.details["edge_share"] == pytest.approx(0.01 * float(values.max()) / 38, rel=1e-4)
 
 

@@ -359,6 +359,19 @@ def test_before_its_first_step_adam_has_no_preconditioner() -> None:
     assert "no gradients" in optimizer_geometry(CLARS([matrix], 0.1)).note  # no norms
 
 
+def test_a_first_step_that_a_scaler_skipped_leaves_adam_without_a_preconditioner() -> None:
+    """The fused step makes its state before it looks at the scaler's finding."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum() * math.inf).backward()
+    scaler.step(optimizer)
+    assert optimizer.state[weight]["step"] == 0
+    geometry = optimizer_geometry(optimizer)
+    assert not geometry.linear
+    assert "Adam has no moments" in geometry.note
+
+
 def test_an_optimizer_that_climbs_has_no_edge_downhill() -> None:
     geometry = optimizer_geometry(SGD([nn.Parameter(torch.ones(2))], lr=0.1, maximize=True))
     assert "maximizes" in geometry.note

@@ -191,6 +191,26 @@ def test_frozen_parameters_and_those_without_a_gradient_are_left() -> None:
     assert not optimizer.state
 
 
+def test_the_rate_0_moves_no_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = Muon(muon_groups(model), 0.0, weight_decay=0.1)
+    assert optimizer.param_groups[0]["rule"] == "renormalised"
+    before = copy.deepcopy(list(model.parameters()))
+    model(torch.randn(4, 1, 3, 3)).square().sum().backward()
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_group_with_a_rule_of_its_own_needs_the_options_of_that_rule() -> None:
+    optimizer = Muon([nn.Parameter(torch.ones(2, 2))], 0.1)
+    group = {"params": [nn.Parameter(torch.ones(3))], "part": "rest", "rule": "adamw"}
+    with pytest.raises(HessianFlowError, match="the rule 'adamw' needs betas, eps, too"):
+        optimizer.add_param_group(dict(group))
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({**group, "betas": (0.9, 0.99), "eps": 1e-8})
+    assert len(optimizer.param_groups) == 2
+
+
 def test_saved_loaded_continued_is_the_same() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     for options in ({}, {"rest": "adamw"}):

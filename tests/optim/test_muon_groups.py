@@ -1,7 +1,10 @@
 """The parts of models that Muon is given, told by hand for each model."""
 
 import copy
+import random
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +138,39 @@ def test_looking_at_a_model_leaves_no_trace() -> None:
     assert model.last is None
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Drawing(nn.Module):
+    """A network that draws in its forward pass, as with layers that are dropped at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if random.random() + np.random.rand() < 0:
+            return inputs
+        output: Tensor = self.head(self.first(inputs))
+        return output
+
+
+def test_looking_at_a_model_draws_no_numbers_of_numpy_and_python() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0)
+    np.random.seed(0)
+    muon_groups(Drawing())
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_a_scripted_model_is_refused_on_one_line() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # such models are deprecated altogether
+        model = torch.jit.trace(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.ones(1, 3))
+    with pytest.raises(HessianFlowError, match="a scripted model hides its layers"):
+        muon_groups(model)
 
 
 def test_a_layer_called_twice_is_normalised_if_every_call_is() -> None:

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from hessianflow import AdaptiveBatchTrainer, History
 from hessianflow.choices import build_optimizer
 from hessianflow.config import TrainConfig
+from hessianflow.curvature import CurvatureProbe
 from hessianflow.data import DeviceBatches
 from hessianflow.distributed import GroupReducer, GroupWorld, run_local
 from hessianflow.models import create
 from hessianflow.optim import Muon, muon_groups
 from hessianflow.resolve import resolve
-from hessianflow.training import Reporting, Schedule
+from hessianflow.training import AfterEpoch, Reporting, Schedule
 from hessianflow.training.world import LocalWorld
 
 
@@ -57,6 +58,28 @@ def test_the_record_says_which_parameters_are_stepped_by_which_rule() -> None:
     assert (muon["part"], muon["rule"], muon["rate_factor"]) == ("unnormalised", "original", 0.125)
     assert rest["parameters"] == ["0.bias", "2.bias", "4.weight", "4.bias"]
     assert (rest["part"], rest["rule"], rest["rate_factor"]) == ("rest", "sgd", 0.4)
+
+
+def test_the_record_says_once_that_curvature_is_measured_along_the_update() -> None:
+    model = network().float()
+    optimizer = Muon(muon_groups(model), 0.1)
+    batches = DeviceBatches(*data(), 16, seed=0)
+    trainer = AdaptiveBatchTrainer(
+        model,
+        batches,
+        optimizer=optimizer,
+        loss_fn=F.cross_entropy,
+        epochs=2,
+        schedule=Schedule(None),
+        probe=CurvatureProbe(model, F.cross_entropy, batches.sample(16), optimizer=optimizer),
+        after_epoch=AfterEpoch(curvature=True),
+        reporting=Reporting(show_progress=False),
+    )
+    history = trainer.fit()
+    assert len(history.curvature) == 2
+    (event,) = history.of_kind("event")
+    assert event["event"] == "curvature"
+    assert event["message"].endswith("curvature is measured along its update")
 
 
 def test_the_command_has_a_rate_and_groups_without_being_told() -> None:

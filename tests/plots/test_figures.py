@@ -139,6 +139,21 @@ def test_trajectory_says_how_batch_normalisation_was_treated():
     ]
 
 
+def test_trajectory_names_the_matrix_whose_eigenvalues_it_shows():
+    plain, adam = (
+        in_memory([curvature(1, 5.0)]),
+        in_memory([{**curvature(1, 5.0), "matrix": "preconditioned Hessian"}]),
+    )
+    alike = [t.get_text() for t in texts(curvature_trajectory([adam, adam]))]
+    assert "top preconditioned Hessian eigenvalue" in alike
+    mixed = [t.get_text() for t in texts(curvature_trajectory([plain, adam]))]
+    assert "top eigenvalue" in mixed
+    assert [word.split(" (")[1] for word in mixed if "Hessian" in word] == [
+        "Hessian)",
+        "preconditioned Hessian)",
+    ]
+
+
 def test_trajectory_of_ordinary_readings_has_no_special_legend():
     words = [
         t.get_text()
