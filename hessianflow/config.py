@@ -93,8 +93,8 @@ class TrainConfig:
             the same at every resolution.
         dropouts: Dropout before the last linear layer at each resolution, e.g. "[0.1, 0.2]"; with
             conadv only at staleness 0; default: none.
-        curvature: When to measure the top Hessian eigenvalue. epoch measures it after every epoch,
-            needed only when the controller needs it, and off never.
+        curvature: When to measure the top eigenvalue. epoch measures it after every epoch, needed
+            only when the controller needs it, and off never.
         probe_examples: Training examples on which the curvature is measured; default: 128 for
             digits, else 64. The published ABSA runs took 128, at twice the cost or more, which
             lowers the spread between samples from 10 to 8 %.

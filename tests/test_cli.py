@@ -40,7 +40,6 @@ def test_train_with_no_argument_reaches_its_promise(tmp_path: Path, capsys):
     assert run_dir.name in out
     assert {p.name for p in (run_dir / "plots").iterdir()} == {
         "curvature_trajectory.png",
-        "edge_share.png",
         "training_curves.png",
     }
     names = {
