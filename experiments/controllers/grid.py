@@ -96,7 +96,7 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
         return [cell("fake", PROBLEMS["fake"], method, 0) for method in MAIN]
     if scale != "cpu":
         return [
-            cell("cifar-resnet20", _whole(scale), method, seed)
+            cell("cifar-resnet20-whole", _whole(scale), method, seed)
             for seed in seeds
             for method in METHODS
         ]
