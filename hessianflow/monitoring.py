@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from hessianflow.curvature import HessianOperator, NonFiniteError, noise_scale, top_eigenpairs
 from hessianflow.curvature.critical_rate import critical_rate_on
 from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
+from hessianflow.curvature.noise_scale import TooFewPartsError
 from hessianflow.curvature.preconditioned import PreconditionedOperator
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import unwrap
@@ -181,8 +183,12 @@ def _noise(
         found = noise_scale(*problem, update=factors, parts=PARTS, **options)
     except NonFiniteError:
         raise
-    except HessianFlowError:
-        return  # too few examples to cut
+    except TooFewPartsError:
+        return
+    except HessianFlowError as error:
+        # Such as a loss that is no mean over examples: then the figures above are not right either.
+        warnings.warn(f"hf.monitor leaves out the noise scale: {error}", stacklevel=3)
+        return
     figures["products"] += found.matvecs / found.num_parts
     figures["noise_scale"] = found.simple.value
     figures["critical_batch"] = found.with_curvature.value

@@ -179,9 +179,12 @@ def _rule(values: Mapping[str, Any], optimizer: str) -> str | None:
     """Return the default rule by which the rate follows the batch; None: the controller's own.
 
     It is sqrt for optimizers that divide by the size of the gradients, because their noise follows
-    the rate over the root of the batch. A controller that finds the stable rate keeps its own rule.
+    the rate over the root of the batch. A user's own class is taken for one of them, unless it is
+    an SGD by name: of the two rules, the root raises the rate less. A controller that finds the
+    stable rate keeps its own rule.
     """
-    if optimizer in ADAPTIVE and getattr(_controller(values), "follows_rule", False):
+    is_adaptive = optimizer in ADAPTIVE or (":" in optimizer and "sgd" not in optimizer.lower())
+    if is_adaptive and getattr(_controller(values), "follows_rule", False):
         return "sqrt"
     return None
 

@@ -92,3 +92,14 @@ def test_cooldown_after_a_warmup_falls_by_the_batch():
         scheduler.step()
     assert found[:3] == pytest.approx([0.5, 1, 1])
     assert [found[20], found[21], found[39]] == pytest.approx([1, 0.95, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [("torch.optim:NAdam", "sqrt"), ("torch.optim:SGD", None), ("adam", "sqrt"), ("sgd", None)],
+)
+def test_the_rate_of_another_optimizer_follows_the_root_of_the_batch(
+    optimizer: str, rule: str | None
+) -> None:
+    config = resolve(TrainConfig(optimizer=optimizer, lr=0.01, controller="absa"))
+    assert config.lr_rule == rule

@@ -151,3 +151,16 @@ def test_mistakes_are_refused() -> None:
         monitored(problem, optimizer, seconds=0)
     with pytest.raises(HessianFlowError, match=r"must be a torch\.optim\.Optimizer, got a Linear"):
         hf.monitor(problem.model, problem.loss_fn, problem.pair, nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_no_mean_over_examples_is_told() -> None:
+    """A pair is (sum, count); with the mean in its place the noise scale sees a contradiction."""
+    problem = small()
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return nn.functional.cross_entropy(outputs, targets), len(targets)
+
+    optimizer = SGD(problem.model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="hf.monitor leaves out the noise scale: the loss"):
+        figures = hf.monitor(problem.model, loss, problem.pair, optimizer)
+    assert math.isnan(figures["noise_scale"])

@@ -59,6 +59,10 @@ Update = Sequence[Tensor] | Callable[[list[Tensor]], Sequence[Tensor]]
 gradients in those shapes to updates."""
 
 
+class TooFewPartsError(HessianFlowError):
+    """The data give fewer independent gradients than an error bar needs."""
+
+
 @dataclass(frozen=True)
 class NoiseScaleResult:
     """The noise scale of a model's loss over some data.
@@ -191,7 +195,7 @@ class _Ring:
         total, last = self._first_pass()
         weights = torch.tensor([w for w in self._weights if w > 0], dtype=torch.float64)
         if len(weights) < LEAST_PARTS:
-            raise HessianFlowError(
+            raise TooFewPartsError(
                 f"the noise scale needs at least {LEAST_PARTS} parts with targets that count, got"
                 f" {len(weights)}: pass more examples, or cut them into more parts"
             )

@@ -127,13 +127,15 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rank(key: str) -> tuple[int, int]:
-    """Return the rank of a key: the settings in _FIRST, then other chosen ones, then derived."""
+    """Return the rank of a key: what the user chose, beginning with _FIRST, then what follows.
+
+    A run made from Python has no chosen settings, so that its trainer's are ranked alike.
+    """
     name = key.rsplit(".", 1)[-1]
+    level = 2 * (not key.startswith(_CHOSEN))
     if name in _FIRST:
-        return (0, 2 * _FIRST.index(name) + (not key.startswith(_CHOSEN)))
-    if key.startswith(_CHOSEN):
-        return (1, 0)
-    return (2, 0)
+        return (level, _FIRST.index(name))
+    return (level + 1, 0)
 
 
 def _label(setting: Mapping[str, Any], keys: Sequence[str]) -> str:

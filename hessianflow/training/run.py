@@ -104,9 +104,9 @@ class Run:
         if loop.guard.divergence.mode == "rollback" and loop.keeper.run_dir is None:
             raise AgreedError('Divergence("rollback") goes back to checkpoints: it needs a run_dir')
         self.world.meet(self.settings())
-        on_first_rank(
-            self.world, lambda: record.start({**self._config, "trainer": self.settings()})
-        )
+        options = {"options": loop.keeper.state.settings}
+        config = {**self._config, "trainer": {**self.settings(), **options}}
+        on_first_rank(self.world, lambda: record.start(config))
         self._tell()
         if loop.course.counters.updates == 0:
             separate_generators(self.world.rank)

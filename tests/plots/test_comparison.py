@@ -260,3 +260,16 @@ def test_a_run_in_the_words_of_an_older_release_is_of_the_same_group(tmp_path):
     ]
     [group] = group_runs(read_runs(folders))
     assert len(group.runs) == 2
+
+
+def test_what_a_user_chose_names_groups_before_the_classes_that_it_led_to(tmp_path):
+    """The optimizer led to another rate rule, whose class is no name for the difference."""
+    configs = [
+        {
+            "settings": {"seed": 0, "optimizer": {"name": name}},
+            "trainer": {"controller": controller, "optimizer": name.upper()},
+        }
+        for name, controller in (("sgd", "ABSA"), ("muon", "RateRule"))
+    ]
+    runs = [write_run(tmp_path / str(i), config=c) for i, c in enumerate(configs)]
+    assert [row.settings for row in compare_table(runs).rows] == ["optimizer=sgd", "optimizer=muon"]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessianflow import AdaptiveBatchTrainer, CurvatureReading, Decision, HessianFlowError, History
+from hessianflow.control import AdaBatch
 from hessianflow.data import DeviceBatches
 from hessianflow.interfaces import Exposure
 from hessianflow.training import AfterEpoch, Checkpoints, Passes, Reporting, Schedule
@@ -657,3 +658,16 @@ def test_warm_up_of_a_large_batch_keeps_the_schedule_of_the_reference_batch():
         epochs=4,
     ).fit()
     assert [row["lr"] for row in history.epochs] == pytest.approx([0.3, 0.3, 0.03, 0.03])
+
+
+def test_a_run_from_python_records_the_options_of_optimizer_and_controller(tmp_path: Path):
+    """Without them, runs at other rates would look like repetitions of one."""
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        made = network()
+        optimizer = torch.optim.SGD(made.parameters(), lr=rate)
+        controller = AdaBatch(8, 32, every_epochs=1)
+        parts = {"optimizer": optimizer, "controller": controller}
+        trainer(made, data(), run_dir=tmp_path / name, **parts).fit()
+    options = [History.load(tmp_path / name).config["trainer"]["options"] for name in ("a", "b")]
+    assert [held["optimizer.lr"] for held in options] == [0.1, 0.2]
+    assert [held["controller.max_batch_size"] for held in options] == [32, 32]
