@@ -191,14 +191,20 @@ _TIMED: Settings = {"controller": "timed", "schedule": "constant"}
 MUON_RATE = 0.24
 """That of airbench, the default of the command; for 16 times the first batch and more."""
 _LINEAR: Settings = {"name": "polynomial", "power": 1.0}
+DIGITS_EXAMPLES = 1_437
+
+
+def _times(base: Settings, times: int) -> int:
+    """Return a multiple of the first batch, but at most all training images."""
+    return min(times * base["batch_size"], base.get("train_examples", DIGITS_EXAMPLES))
 
 
 def _muon(times: int, rate: float = MUON_RATE) -> Callable[[Settings], Settings]:
     """Return Muon with its defaults at `times` the first batch throughout, without a warm-up."""
     return lambda base: {
         "optimizer": "muon",
-        "batch_size": times * base["batch_size"],
-        "max_batch_size": times * base["batch_size"],
+        "batch_size": _times(base, times),
+        "max_batch_size": _times(base, times),
         "lr": rate,
         "schedule": _LINEAR,
     }
@@ -213,7 +219,7 @@ def _growing(**controller: Any) -> Callable[[Settings], Settings]:
     """Return Muon from 16 times the first batch on, under a controller that may take it to 64."""
     return lambda base: {
         **_muon(16)(base),
-        "max_batch_size": 64 * base["batch_size"],
+        "max_batch_size": _times(base, 64),
         "controller": controller,
     }
 
