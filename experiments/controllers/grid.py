@@ -196,7 +196,8 @@ DIGITS_EXAMPLES = 1_437
 
 def _times(base: Settings, times: int) -> int:
     """Return a multiple of the first batch, but at most all training images."""
-    return min(times * base["batch_size"], base.get("train_examples", DIGITS_EXAMPLES))
+    images: int = base.get("train_examples", DIGITS_EXAMPLES)
+    return min(times * int(base["batch_size"]), images)
 
 
 def _muon(times: int, rate: float = MUON_RATE) -> Callable[[Settings], Settings]:
