@@ -48,9 +48,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
 
 from hessianflow.checks import check_choice, check_number
 from hessianflow.interfaces import HessianFlowError
@@ -72,6 +70,7 @@ from hessianflow.optim.foreach import (
 )
 from hessianflow.optim.muon_groups import muon_groups
 from hessianflow.optim.orthogonalise import orthogonalised
+from hessianflow.optim.rest import adamw_step, sgd_step
 
 Form = Literal["auto", "original", "match_rms_adamw", "renormalised"]
 Rest = Literal["sgd", "adamw"]
@@ -225,9 +224,9 @@ class Muon(CheckedOptimizer):
         for group in self.param_groups:
             for params in buckets(group["params"], "Muon").values():
                 if group["rule"] == "sgd":
-                    self._step_sgd(group, params)
+                    sgd_step(self.state, group, params)
                 elif group["rule"] == "adamw":
-                    self._step_adamw(group, params)
+                    adamw_step(self.state, group, params)
                 else:
                     self._step_matrices(group, params)
         return loss
@@ -255,45 +254,6 @@ class Muon(CheckedOptimizer):
             own = [params[index] for index in members]
             steps = [found[index].reshape(params[index].shape) for index in members]
             torch._foreach_add_(own, steps, alpha=-rate * scale)
-
-    def _step_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        velocities: list[Tensor | None] = [None] * len(params)
-        if group["momentum"]:
-            velocities = [*state_tensors(self.state, params, "momentum_buffer")]
-        sgd(
-            params,
-            gradients_of(params),
-            velocities,
-            foreach=True,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"] * group["rate_factor"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-
-    def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for parameter in params:
-            if "step" not in self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            gradients_of(params),
-            state_tensors(self.state, params, "exp_avg"),
-            state_tensors(self.state, params, "exp_avg_sq"),
-            [],
-            [self.state[parameter]["step"] for parameter in params],
-            foreach=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"] * group["rate_factor"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def _of_matrices(
