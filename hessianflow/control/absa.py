@@ -150,10 +150,16 @@ class ABSA(Controller[ABSAState]):
 
     def _consider_half_way(self, progress: Progress) -> list[str]:
         total = self.total_epochs or progress.total_epochs
-        if self._state.attack_factor == 0 or progress.epoch < total // 2:
+        if total is None:
+            is_past = progress.fraction >= 0.5
+            length = "run"
+        else:
+            is_past = progress.epoch >= total // 2
+            length = f"{total} epochs"
+        if self._state.attack_factor == 0 or not is_past:
             return []
         self._state.attack_factor = 0.0
-        return [f"adversarial share 0 from half of the {total} epochs on"]
+        return [f"adversarial share 0 from half of the {length} on"]
 
 
 class ABS(ABSA):

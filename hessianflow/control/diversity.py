@@ -23,6 +23,7 @@ from hessianflow.control.checks import require_signals
 from hessianflow.control.controller import ControllerState, Measured
 from hessianflow.control.lr_scaling import LRRule
 from hessianflow.control.noise_scale import MOMENT_SIGNALS, defect, two_batch_estimate
+from hessianflow.interfaces.control import UNKNOWN
 
 
 def gradient_diversity(sum_of_squares: float, square_of_sum: float) -> float:
@@ -90,6 +91,8 @@ class DiveBatch(BoundedController[ControllerState]):
         if unusable := defect(signals):
             return f"gradient diversity unknown: {unusable}"
         examples = measured.progress.examples_per_epoch
+        if examples == UNKNOWN:  # An epoch is what has been seen since the last decision.
+            examples = int(signals["gradient_examples"])
         sum_of_squares = signals["gradient_examples"] * sum(two_batch_estimate(signals))
         square_of_sum = signals["gradient_sum_sq"]
         diversity = gradient_diversity(sum_of_squares, square_of_sum)

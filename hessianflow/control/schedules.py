@@ -45,7 +45,7 @@ class FixedBatch(Controller[ControllerState]):
 class Warmup(Controller[ControllerState]):
     """Use a large batch from the start and warm its learning rate up to the scaled one.
 
-    With k = max_batch_size / batch_size and f = examples / (warmup_epochs * examples_per_epoch),
+    With k = max_batch_size / batch_size and f = epochs passed / warmup_epochs, which is a fraction,
     lr_factor is 1 + (k - 1) * min(f, 1). It changes after every update, so that no step sees a
     jump. A rule other than linear scaling replaces k.
 
@@ -92,15 +92,14 @@ class Warmup(Controller[ControllerState]):
         return progress.examples > 0 and self._state.lr_factor != self.scale
 
     def _decide(self, measured: Measured, /) -> str:
-        examples = measured.progress.examples
-        length = self.warmup_epochs * measured.progress.examples_per_epoch
+        passed = measured.progress.epochs_passed
         factor = self.scale
-        if examples < length:
-            factor = 1 + (self.scale - 1) * (examples / length)
+        if passed < self.warmup_epochs:
+            factor = 1 + (self.scale - 1) * (passed / self.warmup_epochs)
         if factor == self._state.lr_factor:
             return ""
         self._state.lr_factor = factor
-        return f"warm-up: {examples} of {length:g} examples"
+        return f"warm-up: {passed:.4g} of {self.warmup_epochs:g} epochs"
 
 
 class AdaBatch(Controller[ControllerState]):

@@ -55,8 +55,9 @@ class Seesaw(BoundedController[SeesawState]):
     """Grow the batch where the schedule lowers the learning rate, and lower the rate by less.
 
     It looks at the rate at the first update of every epoch, and more often in a run of fewer than
-    100 epochs. Decays count from the highest rate so far, so that a warm-up changes nothing. Where
-    the schedule raises the rate again, the batch shrinks.
+    100 epochs; in a run that ends after a number of updates or examples, 100 times. Decays count
+    from the highest rate so far, so that a warm-up changes nothing. Where the schedule raises the
+    rate again, the batch shrinks.
 
     It uses this signal:
         learning_rate: Rate in force.
@@ -132,6 +133,9 @@ class Seesaw(BoundedController[SeesawState]):
 
     def _looks(self, progress: Progress) -> int:
         """Return the number of stretches begun, the present one included."""
+        if progress.done is not None or progress.passed is not None:
+            return math.ceil(progress.fraction * LOOKS)
+        assert progress.total_epochs is not None
         per_epoch = -(-LOOKS // progress.total_epochs)
         return -(-progress.examples * per_epoch // progress.examples_per_epoch)
 

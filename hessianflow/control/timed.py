@@ -112,8 +112,15 @@ class TimedSchedule(Controller[ControllerState]):
 
     def _decay(self, progress: Progress) -> float:
         """Return the factor of the decay, which falls from 1 to 0."""
-        if self.decay_from is None or progress.total_epochs <= self.decay_from:
+        if self.decay_from is None:
             return 1.0
-        epochs = progress.examples / progress.examples_per_epoch
-        left = (progress.total_epochs - epochs) / (progress.total_epochs - self.decay_from)
+        total = progress.total_epochs
+        if total is None:
+            raise HessianFlowError(
+                f"decay_from {self.decay_from} is an epoch, and how many the run has depends on"
+                " batches to come: give the run its length in epochs, or set decay_from to None"
+            )
+        if total <= self.decay_from:
+            return 1.0
+        left = (total - progress.epochs_passed) / (total - self.decay_from)
         return min(1.0, max(0.0, left))

@@ -24,7 +24,8 @@ class TrainerJob:
             that starts the run keeps the records.
 
     Raises:
-        HessianFlowError: The adversary has a staleness, whose batches would be drawn twice.
+        HessianFlowError: The adversary has a staleness, whose batches would be drawn twice, or the
+            length of the run is not stated in passes over the data.
     """
 
     def __init__(self, make: Callable[[World], AdaptiveBatchTrainer]) -> None:
@@ -36,6 +37,11 @@ class TrainerJob:
                 "staleness must be 0 in an elastic run, whose workers hold no batches for later,"
                 f" got {adversary.staleness}: use --adversary.staleness 0, or train without"
                 " --elastic"
+            )
+        if not self._trainer.counts_passes:
+            raise HessianFlowError(
+                "an elastic run counts whole passes over the data: give its trainer epochs, without"
+                " max_updates, max_examples or every"
             )
         self._trainer.begin()
         self._copied = False
@@ -66,7 +72,7 @@ class TrainerJob:
         """Return the progress of the job, without training."""
         trainer = self._trainer
         progress = trainer.progress
-        done = progress.epoch >= progress.total_epochs and trainer.is_settled
+        done = progress.is_over and trainer.is_settled
         at_end = progress.examples % progress.examples_per_epoch == 0
         sizes = (trainer.decision.batch_size, trainer.microbatch_size)
         made = len(trainer.records)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hessianflow.interfaces.control import (
     HESSIAN,
     NO_SIGNALS,
+    UNKNOWN,
     BatchController,
     Capped,
     CurvatureReading,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HESSIAN",
     "NO_SIGNALS",
+    "UNKNOWN",
     "Adversary",
     "AgreedError",
     "Batch",

@@ -1,5 +1,6 @@
 """Input and output of a controller: progress, a reading, a decision. This module needs no torch."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,6 +13,9 @@ of the measured batch, which leaves the running ones untouched."""
 HESSIAN = "Hessian"
 """Name of the matrix of second derivatives of the loss, of which most readings are."""
 
+UNKNOWN = sys.maxsize
+"""A number of examples that nobody knows: that of a stream, or of an epoch counted in updates."""
+
 NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 
 
@@ -19,19 +23,49 @@ NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 class Progress:
     """The progress of a run.
 
+    An epoch is one pass over the training data, unless the run says otherwise
+    (:class:`hessianflow.training.Every`).
+
     Attributes:
         epoch: Epochs completed.
         examples: Training examples used so far, over all ranks.
         updates: Optimizer steps taken so far.
-        examples_per_epoch: Size of the training set.
-        total_epochs: Planned epochs of the run.
+        examples_per_epoch: Examples of an epoch; `UNKNOWN` where updates or the end of the data
+            decide when it ends.
+        total_epochs: Planned epochs of the run; None where that depends on batch sizes to come.
+        passed: Epochs passed, with a fraction, where the examples do not tell; None where they do.
+        done: Share of the run that is over, where the epochs do not tell; None where they do.
     """
 
     epoch: int
     examples: int
     updates: int
     examples_per_epoch: int
-    total_epochs: int
+    total_epochs: int | None
+    passed: float | None = None
+    done: float | None = None
+
+    @property
+    def epochs_passed(self) -> float:
+        """Return the epochs that have passed, with the fraction of the current one."""
+        if self.passed is not None:
+            return self.passed
+        return self.examples / self.examples_per_epoch
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the run has come to its end."""
+        if self.done is not None:
+            return self.done >= 1
+        return self.total_epochs is not None and self.epoch >= self.total_epochs
+
+    @property
+    def fraction(self) -> float:
+        """Return the share of the run that is over, from 0 to 1."""
+        if self.done is not None:
+            return self.done
+        assert self.total_epochs is not None
+        return min(1.0, self.epochs_passed / self.total_epochs)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,12 @@ class TrainerFacts(TypedDict, total=False):
     parameter_groups: list[dict[str, Any]]
     controller: str | None
     adversary: str | None
-    epochs: Size
-    examples_per_epoch: Size
+    epochs: Size | None
+    max_updates: Size
+    max_examples: Size
+    every_updates: Size
+    every_examples: Size
+    examples_per_epoch: Size | None
     reference_batch_size: Size
     microbatch_size: Size
     norm_batch_size: int | None

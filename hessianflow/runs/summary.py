@@ -22,7 +22,7 @@ def summary_of(
     accuracies = [
         row["eval_accuracy"] for row in history.epochs if row["eval_accuracy"] is not None
     ]
-    status = "finished" if progress.epoch >= progress.total_epochs else "preempted"
+    status = "finished" if progress.is_over else "preempted"
     final_loss = last.get("eval_loss")
     if final_loss is None:
         final_loss = last.get("train_loss")

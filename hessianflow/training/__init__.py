@@ -4,6 +4,7 @@ from hessianflow.runs import History, LogSink, TensorBoardSink
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
+from hessianflow.training.extent import Every
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.saving import Checkpoints
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "Divergence",
     "Evaluation",
+    "Every",
     "History",
     "LogSink",
     "Passes",

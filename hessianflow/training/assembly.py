@@ -37,13 +37,15 @@ def assemble(
     rate = LearningRate(task.optimizer, schedule.scheduler, schedule.unit, reference)
     step = _step(task, methods, groups.passes, reference, world)
     stopwatch = step.stopwatch
-    course = Course(task.train_data, task.epochs)
+    course = Course(task.extent)
     reporter = _reporter(groups.reporting, course, run_dir, world)
     rule = ExplosionRule(groups.divergence.max_loss_ratio)
     totals = RunningTotals(stopwatch.device, stopwatch.totals(), rule)
     every_epoch = groups.after_epoch.curvature
     steering = Steering(decision, every_epoch, step, rate, totals, course, reporter)
-    ahead = Lookahead(task.train_data, methods.staleness, step.load, stopwatch.device, stopwatch)
+    depth = methods.staleness
+    device = stopwatch.device
+    ahead = Lookahead(task.train_data, task.extent, depth, step.load, device, stopwatch)
     further = numbered("measurement", groups.after_epoch.measurements)
     further |= {f"state {name}": part for name, part in groups.checkpoints.state.items()}
     settings = _settings(task, methods.controller, groups, rate)
@@ -93,7 +95,7 @@ def _step(
 def _settings(task: Task, controller: object, groups: Groups, rate: LearningRate) -> dict[str, Any]:
     """Return the settings that every checkpoint holds, to be compared when a run is resumed."""
     return {
-        "epochs": task.epochs,
+        **task.extent.settings,
         "schedule_unit": rate.unit,
         "reference_batch_size": rate.reference_batch_size,
         "norm_batch_size": groups.passes.norm_group(rate.reference_batch_size),

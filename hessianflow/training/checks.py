@@ -155,8 +155,8 @@ def check_signals(
         )
     if isinstance(controller, Capped) and controller.max_batch_size > num_examples:
         raise HessianFlowError(
-            f"max_batch_size {controller.max_batch_size} is larger than the {num_examples} training"
-            " examples"
+            f"max_batch_size {controller.max_batch_size} is larger than the {num_examples} examples"
+            " of an epoch"
         )
 
 
@@ -178,7 +178,8 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
         )
     if not 1 <= batch_size <= num_examples:
         raise HessianFlowError(
-            f"batch size {batch_size} must lie between 1 and the {num_examples} training examples"
+            f"batch size {batch_size} must lie between 1 and the {num_examples} examples of an"
+            " epoch"
         )
 
 

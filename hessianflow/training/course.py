@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hessianflow.interfaces import Progress, ResizableBatches
+from hessianflow.interfaces import Progress
 from hessianflow.runs.rows import Record
 from hessianflow.training.evaluate import Evaluation
+from hessianflow.training.extent import Extent, Position
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Counters:
 
     Attributes:
         place: examples trained in the current epoch.
+        steps: updates of the current epoch.
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         best_loss: lowest evaluation loss so far, where there is no accuracy.
@@ -30,6 +32,7 @@ class Counters:
     updates: int = 0
     epoch: int = 0
     place: int = 0
+    steps: int = 0
     saved_at: int = 0
     best: float | None = None
     best_loss: float | None = None
@@ -38,6 +41,16 @@ class Counters:
     cap_factor: float = math.inf
     rollbacks: int = 0
     settled: int = 0
+
+    @property
+    def position(self) -> Position:
+        """How far the run has come."""
+        return Position(self.epoch, self.examples, self.updates, self.place, self.steps)
+
+    def move_to(self, position: Position) -> None:
+        """Count as far as `position`."""
+        for name, value in vars(position).items():
+            setattr(self, name, value)
 
     def is_best(self, accuracy: float | None, loss: float) -> bool:
         """Remember and return whether accuracy, or loss where there is none, is the best so far."""
@@ -79,17 +92,15 @@ class Done:
 class Course:
     """Counts examples, updates and epochs; the `counters` are another object after a restart."""
 
-    def __init__(self, data: ResizableBatches, epochs: int) -> None:
-        self._data = data
+    def __init__(self, extent: Extent) -> None:
         self._done: Done | None = None
-        self.epochs = epochs
+        self.extent = extent
         self.counters = Counters()
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come."""
-        now = self.counters
-        return Progress(now.epoch, now.examples, now.updates, self._data.num_examples, self.epochs)
+        """How far the run has come, as controllers are told."""
+        return self.extent.progress(self.counters.position)
 
     @property
     def is_between_epochs(self) -> bool:
@@ -102,23 +113,23 @@ class Course:
         return self.counters.settled == self.counters.updates
 
     @property
+    def is_over(self) -> bool:
+        """Whether the last update of the run has been made."""
+        return self.extent.is_over(self.counters.position)
+
+    @property
     def is_unfinished(self) -> bool:
         """Whether the run still has work to do."""
-        return self.counters.epoch < self.epochs or not self.is_settled
+        return not self.is_over or not self.is_settled
 
-    def count(self, examples: int, *, ends_epoch: bool) -> None:
-        """Count one update; `ends_epoch` says that the data end the epoch after it."""
-        counters = self.counters
-        counters.examples += examples
-        counters.place += examples
-        counters.updates += 1
-        if ends_epoch or counters.place >= self._data.num_examples:
-            self.end_epoch()
+    def count(self, examples: int, *, data_ended: bool) -> None:
+        """Count one update; `data_ended` says that the data end their pass after it."""
+        position = self.counters.position
+        self.counters.move_to(self.extent.after(position, examples, data_ended=data_ended))
 
     def end_epoch(self) -> None:
         """Count one epoch, and begin the next."""
-        self.counters.epoch += 1
-        self.counters.place = 0
+        self.counters.move_to(self.counters.position.next_epoch())
 
     def settle(self) -> None:
         """Note that all that follows the last update has been done."""

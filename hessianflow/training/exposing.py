@@ -4,16 +4,15 @@ The trainer's step uses :func:`expose`. A loop of one's own uses :class:`Ahead`,
 trainer's queue, and :func:`exposed_loss`.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
-from hessianflow.interfaces import Adversary, Batch, Decision, Exposure, LossFn, Progress
+from hessianflow.interfaces import UNKNOWN, Adversary, Batch, Decision, Exposure, LossFn
 from hessianflow.losses import mean_loss
+from hessianflow.training.extent import Extent, Position
 from hessianflow.training.lookahead import Lookahead, Planned, check_staleness
 from hessianflow.training.timing import Stopwatch
 
@@ -102,23 +101,24 @@ class Ahead:
         self._microbatch_size = microbatch_size
         data = _OneEpoch(batches)
         depth = adversary.staleness
-        self._queue = Lookahead(data, depth, lambda batch, _: batch, device, Stopwatch(device))
-        self._progress = Progress(0, 0, 0, sys.maxsize, 1)
+        self._extent = Extent(UNKNOWN, epochs=1)
+        watch = Stopwatch(device)
+        self._queue = Lookahead(data, self._extent, depth, lambda batch, _: batch, device, watch)
+        self._position = Position()
 
     def __iter__(self) -> Iterator[Exposure]:
         for planned in self._queue.plan(self._now):
             if planned is None:  # The data have ended with the previous batch.
-                self._progress = replace(self._progress, epoch=1)
+                self._position = self._position.next_epoch()
                 continue
             now, ahead = planned
-            if ahead is None and self._progress.updates == 0:
-                check_staleness(self._queue.depth, 1, len(self._queue), 1)
+            if ahead is None and self._position.updates == 0:
+                batches = len(self._queue)
+                check_staleness(self._queue.depth, 1, Extent(batches, epochs=1))
             exposure = expose(self._adversary, self._model, now, ahead, self._microbatch_size)
             self._queue.trained()
-            epoch = int(now.ends_epoch)
-            examples = self._progress.examples + now.examples
-            updates = self._progress.updates + 1
-            self._progress = Progress(epoch, examples, updates, sys.maxsize, 1)
+            ended = now.data_ended
+            self._position = self._extent.after(self._position, now.examples, data_ended=ended)
             yield exposure
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,18 +129,18 @@ class Ahead:
         queue = self._queue.state_dict()  # This ends attacks, which change the adversary's state.
         return {
             "queue": queue,
-            "progress": dict(vars(self._progress)),
+            "position": dict(vars(self._position)),
             "adversary": self._adversary.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back :meth:`state_dict`; `batches` must continue after the last batch queued."""
         self._queue.load_state_dict(state["queue"])
-        self._progress = Progress(**state["progress"])
+        self._position = Position(**state["position"])
         self._adversary.load_state_dict(state["adversary"])
 
-    def _now(self) -> tuple[Progress, int, Decision]:
-        return self._progress, self._progress.examples, Decision(1)
+    def _now(self) -> tuple[Position, Decision]:
+        return self._position, Decision(1)
 
 
 def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tensor:
@@ -176,7 +176,7 @@ def exposed_loss(model: nn.Module, exposure: Exposure, loss_fn: LossFn) -> Tenso
 class _OneEpoch:
     """Presents any batches as a stream of one epoch, whose length is known at its end."""
 
-    num_examples = sys.maxsize
+    num_examples = UNKNOWN
     batch_size = 1
 
     def __init__(self, batches: Iterable[Batch]) -> None:

@@ -107,8 +107,13 @@ class LearningRate:
             self.step(loss, accuracy)
 
     def advance(self, examples: int) -> None:
-        """Let a scheduler that counts reference batches take its steps for `examples` more."""
-        if self.unit == "epoch":
+        """Let a scheduler that counts updates or reference batches take its steps.
+
+        `examples` are those of the update that has been made.
+        """
+        if self.unit == "update":
+            self.step()
+        if self.unit != "reference_batch":
             return
         self._fraction += examples / self.reference_batch_size
         for _ in range(int(self._fraction + 1e-9)):

@@ -8,7 +8,7 @@ drawn just before its step.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from hessianflow.interfaces import (
     ResizableBatches,
     TellsPlace,
 )
+from hessianflow.training.extent import Extent, Position
 from hessianflow.training.timing import Stopwatch
 
 
@@ -34,32 +35,34 @@ class Planned:
         batch: (inputs, targets), on the device, transformed.
         examples: the number drawn from the data; a transform may change the number of rows.
         attacked: waits for the adversarial inputs; None: no attack was started.
-        ends_epoch: whether the data ended the epoch after it, short of their number of examples.
+        data_ended: whether the data ended their pass after it, short of their number of examples.
     """
 
     batch: Batch
     examples: int
     decision: Decision
     attacked: Callable[[], Tensor] | None = None
-    ends_epoch: bool = False
+    data_ended: bool = False
 
 
-Now = Callable[[], tuple[Progress, int, Decision]]
-"""Returns the progress, the examples trained in the current epoch, and the decision in force."""
+Now = Callable[[], tuple[Position, Decision]]
+"""Returns how far the run has come, and the decision in force."""
 
 
 class Lookahead:
     """The queue between data and step, in which a batch waits `depth` steps.
 
-    An epoch ends when as many examples were drawn as the data say they hold, or with the last batch
-    that they give, if that is earlier. A batch stays in the queue until it is :meth:`trained`, so
-    that an error does not lose it. `load` puts a drawn batch on the device and transforms it, given
-    the progress at its step; the stopwatch counts the time of drawing.
+    Batches are drawn to the end of the run, which `extent` tells. Where an epoch is a pass over the
+    data, it also ends with the last batch that they give, if that is earlier than their number of
+    examples says. A batch stays in the queue until it is :meth:`trained`, so that an error does not
+    lose it. `load` puts a drawn batch on the device and transforms it, given the progress at its
+    step; the stopwatch counts the time of drawing.
     """
 
     def __init__(
         self,
         data: ResizableBatches,
+        extent: Extent,
         depth: int,
         load: Callable[[Batch, Progress], Batch],
         device: torch.device,
@@ -67,6 +70,7 @@ class Lookahead:
     ) -> None:
         self.depth = depth
         self._data = data
+        self._extent = extent
         self._load = load
         self._device = device
         self._stopwatch = stopwatch
@@ -101,11 +105,13 @@ class Lookahead:
         """
         while True:
             while len(self._queue) <= self.depth:
-                progress, place, decision = now()
-                epoch, place = self._next_place(progress, place)
-                if epoch >= progress.total_epochs:
+                position, decision = now()
+                for entry in self._queue:
+                    ended = entry.data_ended
+                    position = self._extent.after(position, entry.examples, data_ended=ended)
+                if self._extent.is_over(position):
                     break
-                if not self._draw(progress, epoch, place, decision):
+                if not self._draw(position, decision):
                     yield None
             if not self._queue:
                 return
@@ -118,40 +124,24 @@ class Lookahead:
         """Remove the first batch of the queue, which has been trained."""
         self._queue.popleft()
 
-    def _next_place(self, progress: Progress, place: int) -> tuple[int, int]:
-        """Return the epoch of the next draw, and the examples of that epoch drawn before it."""
-        epoch = progress.epoch
-        for entry in self._queue:
-            place += entry.examples
-            if entry.ends_epoch or place >= progress.examples_per_epoch:
-                epoch += 1
-                place = 0
-        return epoch, place
-
-    def _draw(self, progress: Progress, epoch: int, place: int, decision: Decision) -> bool:
+    def _draw(self, position: Position, decision: Decision) -> bool:
         """Queue the next batch; return False if the data ended the epoch after the last step."""
         before = self._place.find()
         batch = self._next_batch()
-        if batch is None and place > 0:
+        if batch is None and position.place > 0 and self._extent.every is None:
             if not self._queue:
                 return False
-            self._queue[-1].ends_epoch = True
+            self._queue[-1].data_ended = True
             return True
-        if batch is None:  # The data have only now entered the epoch to draw from.
+        if batch is None:  # The data have only now entered the pass to draw from.
             batch = self._next_batch()
         if batch is None:
             raise HessianFlowError(
-                f"train_data gave no batch in epoch {epoch + 1}: there is nothing to train on"
-            )
-        if self._queue:
-            progress = replace(
-                progress,
-                epoch=epoch,
-                examples=progress.examples + sum(entry.examples for entry in self._queue),
-                updates=progress.updates + len(self._queue),
+                f"train_data gave no batch in epoch {position.epoch + 1}: there is nothing to train"
+                " on"
             )
         try:
-            loaded = self._load(batch, progress)
+            loaded = self._load(batch, self._extent.progress(position))
             self._queue.append(Planned(loaded, num_examples(batch[1]), decision))
         except BaseException:
             self._place.note(before)  # The batch is to be drawn again.
@@ -191,7 +181,7 @@ class Lookahead:
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
         inputs, targets = to_device(entry["batch"], self._device)
         planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]))
-        planned.ends_epoch = entry["ends_epoch"]
+        planned.data_ended = entry["ends_epoch"]
         if entry["adversarial"] is not None:
             adversarial = to_device(entry["adversarial"], self._device)
             planned.attacked = lambda: adversarial
@@ -206,7 +196,7 @@ def _saved(entry: Planned) -> dict[str, Any]:
         "batch": entry.batch,
         "examples": entry.examples,
         "decision": dict(vars(entry.decision)),
-        "ends_epoch": entry.ends_epoch,
+        "ends_epoch": entry.data_ended,
         "adversarial": adversarial,
     }
 
@@ -265,9 +255,9 @@ class Place:
         self._data.load_state_dict({**self._data.state_dict(), "epoch": epoch, "cursor": cursor})
 
 
-def check_staleness(staleness: int, batch_size: int, examples: int, epochs: int) -> None:
+def check_staleness(staleness: int, batch_size: int, extent: Extent) -> None:
     """Refuse a run of at most `staleness` steps, in which no batch would be attacked in time."""
-    steps = epochs * -(-examples // batch_size)
+    steps = extent.steps(batch_size)
     if 0 < steps <= staleness:
         raise HessianFlowError(
             f"staleness must be smaller than the number of steps, got {staleness} for a run of"

@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hessianflow.interfaces import Batch, Decision, Progress, Wishes, World
+from hessianflow.interfaces import Batch, Decision, Wishes, World
 from hessianflow.normalisation.ghost import ghost_normalisation
 from hessianflow.training.course import Course
 from hessianflow.training.divergence import DivergenceError
 from hessianflow.training.epoch_end import EpochEnd
+from hessianflow.training.extent import Position
 from hessianflow.training.keeping import Keeper
 from hessianflow.training.learning_rate import SET_BY_HAND, LearningRate
 from hessianflow.training.lookahead import Lookahead, Planned
@@ -97,11 +98,10 @@ class TrainingLoop:
         with self.rate.in_force(now.decision.lr_factor):
             result = self.step(now, ahead)
         self.ahead.trained()
-        self.course.count(result.examples, ends_epoch=now.ends_epoch)
+        self.course.count(result.examples, data_ended=now.data_ended)
         share = self.steering.share(now.decision)
         self.totals.add(result, self.course.counters.updates, now.decision, self.rate.value, share)
         self.rate.advance(result.examples)
-        self.reporter.bar.advance(result.examples)
         self._tell()
         wishes = self.world.agreed
         if wishes.show:
@@ -151,7 +151,7 @@ class TrainingLoop:
             with ghost_normalisation(self.model, self.norm_batch_size):
                 yield
         finally:
-            self.reporter.bar.close()
+            self.reporter.end()
             self.world.post(Wishes)
             self.stop_requested = False
             for module, training in modes:
@@ -168,9 +168,9 @@ class TrainingLoop:
         """Return what a signal or a clock asks of this rank at the end of a step."""
         return Wishes(self.stop_requested, self.keeper.saver.time_is_up, self.reporter.bar.is_due)
 
-    def _now(self) -> tuple[Progress, int, Decision]:
-        """Return what decides the next draw: progress, place in the epoch, decision in force."""
-        return self.course.progress, self.course.counters.place, self.steering.decision
+    def _now(self) -> tuple[Position, Decision]:
+        """Return what decides the next draw: how far the run has come, and the decision."""
+        return self.course.counters.position, self.steering.decision
 
     def _tell(self) -> None:
         """Record what the user changed between this step and the previous one."""

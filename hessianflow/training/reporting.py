@@ -42,7 +42,7 @@ class Reporting:
 
 
 class ProgressBar:
-    """Shows the examples trained of the whole run, and the latest figures.
+    """Shows the share of the run that is over, the time it will take, and the latest figures.
 
     With `show` True it always does, with False never, and with None only on a terminal.
     """
@@ -52,36 +52,32 @@ class ProgressBar:
         if show is not None:
             disable = not show
         self._bar: tqdm[Any] = tqdm(
-            total=progress.total_epochs * progress.examples_per_epoch,
-            initial=progress.examples,
+            total=1.0,
+            initial=progress.fraction,
             disable=disable,
-            unit_scale=True,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}",
         )
         self._next = time.monotonic() + REFRESH_SECONDS
-        self._pending = 0
 
     @property
     def is_due(self) -> bool:
         """Whether it is time to read figures and :meth:`show` them."""
         return time.monotonic() >= self._next
 
-    def advance(self, examples: int) -> None:
-        """Count examples that the next :meth:`show` displays."""
-        self._pending += examples
-
-    def move_to(self, examples: int) -> None:
-        """Move to `examples`, which may be fewer than before."""
-        self._pending = examples - self._bar.n
-        self._flush()
+    def move_to(self, progress: Progress) -> None:
+        """Move to where the run is, which may be before where it was."""
+        self._bar.update(progress.fraction - self._bar.n)
 
     def show(self, progress: Progress, figures: Mapping[str, float | int | None]) -> None:
-        """Advance the bar, and display the epoch and the figures that are not None."""
+        """Move the bar, and display the epoch and the figures that are not None."""
         self._next = time.monotonic() + REFRESH_SECONDS
-        self._flush()
-        epoch = min(progress.epoch + 1, progress.total_epochs)
-        self._bar.set_description(f"epoch {epoch}/{progress.total_epochs}", refresh=False)
+        self.move_to(progress)
+        epoch = f"epoch {progress.epoch + 1}"
+        if progress.total_epochs is not None:
+            number = min(progress.epoch + 1, progress.total_epochs)
+            epoch = f"epoch {number}/{progress.total_epochs}"
+        self._bar.set_description(epoch, refresh=False)
         shown: dict[str, str | int] = {}
         for name, value in figures.items():
             if isinstance(value, float):
@@ -91,13 +87,8 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=True)
 
     def close(self) -> None:
-        """Display the examples counted so far, and end the bar."""
-        self._flush()
+        """End the bar."""
         self._bar.close()
-
-    def _flush(self) -> None:
-        self._bar.update(self._pending)
-        self._pending = 0
 
 
 class Reporter:
@@ -130,6 +121,11 @@ class Reporter:
         """Write the rows, each of which leaves the list: after an error none is written twice."""
         while rows_left:
             self.record.write(rows_left.pop(0))
+
+    def end(self) -> None:
+        """Show how far the run has come, and end the progress bar."""
+        self.bar.move_to(self._course.progress)
+        self.bar.close()
 
     def show(self, **figures: float | int | None) -> None:
         """Show figures beside the bar; None is left out."""

@@ -71,7 +71,7 @@ class Guard:
         counters.batch_cap = cap
         counters.cap_power = power
         counters.cap_factor = factor
-        self.reporter.bar.move_to(counters.examples)
+        self.reporter.bar.move_to(self.course.progress)
         self.reporter.event(
             "rollback", f"back to {counters.examples} examples; batch held at {cap} from now on"
         )

@@ -26,6 +26,7 @@ from hessianflow.runs.summary import summary_of
 from hessianflow.training.checkpoint import differences, split_of
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.divergence import largest
+from hessianflow.training.extent import Extent, known
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
 from hessianflow.training.state import separate_generators
@@ -72,9 +73,15 @@ class Run:
         return self._loop.steering.methods.adversary
 
     @property
-    def epochs(self) -> int:
-        """Passes over the training data."""
-        return self._loop.course.epochs
+    def epochs(self) -> int | None:
+        """Epochs of the run; None: it ends after a number of updates or examples."""
+        return self._loop.course.extent.epochs
+
+    @property
+    def counts_passes(self) -> bool:
+        """Whether the run and its epochs are counted in passes over the training data alone."""
+        extent = self._loop.course.extent
+        return extent == Extent(extent.num_examples, extent.epochs)
 
     @property
     def world(self) -> World:
@@ -82,7 +89,7 @@ class Run:
         return self._loop.world
 
     def fit(self) -> History:
-        """Train for `epochs` epochs and return the records.
+        """Train to the end of the run and return the records.
 
         Training begins with the first example of the data's current epoch, even if batches of it
         were read before, or another run stopped within it. After an interruption in the same
@@ -96,10 +103,11 @@ class Run:
         loop = self._loop
         record = loop.keeper.record
         if not loop.course.is_unfinished:
+            counters = loop.course.counters
             raise AgreedError(
-                f"this run is over, after its {self.epochs} epochs: train on with a new trainer,"
-                " for the same model, optimizer and data, or resume a run directory with more"
-                " epochs"
+                f"this run is over, after {counters.epoch} epochs and {counters.updates} updates:"
+                " train on with a new trainer, for the same model, optimizer and data, or resume a"
+                " run directory with more epochs"
             )
         if loop.guard.divergence.mode == "rollback" and loop.keeper.run_dir is None:
             raise AgreedError('Divergence("rollback") goes back to checkpoints: it needs a run_dir')
@@ -252,6 +260,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Return what config.json holds about the trainer itself."""
         step = self._loop.step
+        extent = self._loop.course.extent
         device = str(step.device)
         if self.world.world_size > 1:
             device = step.device.type  # The index differs between ranks, the settings must not.
@@ -262,8 +271,8 @@ class Run:
             **split_of(self.model, step.optimizer),
             "controller": _class_of(self.controller),
             "adversary": _class_of(self.adversary),
-            "epochs": self.epochs,
-            "examples_per_epoch": self.train_data.num_examples,
+            **extent.settings,
+            "examples_per_epoch": known(extent.examples_per_epoch),
             "reference_batch_size": self.reference_batch_size,
             "microbatch_size": step.microbatch.size,
             "norm_batch_size": self._loop.norm_batch_size,

@@ -18,14 +18,16 @@ from torch.optim.lr_scheduler import (
 
 from hessianflow.checks import check_choice, check_count
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.training.extent import Extent
 
-ScheduleUnit = Literal["epoch", "reference_batch"]
+ScheduleUnit = Literal["epoch", "reference_batch", "update"]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
 """Names that schedulers of torch and timm give to the number of steps they are built for."""
 _EACH: Mapping[ScheduleUnit, str] = {
     "epoch": "once an epoch",
     "reference_batch": "once a reference batch of examples",
+    "update": "once an update",
 }
 
 
@@ -41,6 +43,8 @@ class Schedule:
         unit: "epoch": the scheduler takes one step per epoch. "reference_batch": it takes one step
             per reference batch of examples, int(epochs * num_examples / reference_batch_size) in
             all, so that a schedule counted in steps keeps its meaning when the batch grows.
+            "update": it takes one step per optimizer step, as in a loop of one's own; where the
+            batch grows, a run over so many examples has fewer of these.
         reference_batch_size: the batch size at which the learning rate is stated; None: the batch
             size at the start of the run.
     """
@@ -77,7 +81,7 @@ class SteppedSchedule:
         _check_methods(scheduler)
         _check_owner(scheduler, optimizer)
         self._watches = isinstance(scheduler, ReduceLROnPlateau)
-        if self._watches and unit == "reference_batch":
+        if self._watches and unit != "epoch":
             raise HessianFlowError('ReduceLROnPlateau watches epochs: use it with unit="epoch"')
         self._counted = _counted_step(scheduler, unit)
 
@@ -152,15 +156,20 @@ def length(scheduler: object) -> int | None:
     return None
 
 
-def steps_of_run(unit: ScheduleUnit, epochs: int, batches_per_epoch: float) -> int:
-    """Return the steps that a scheduler takes in a run, with so many reference batches an epoch."""
+def steps_of_run(unit: ScheduleUnit, extent: Extent, reference_batch_size: int) -> int | None:
+    """Return the steps that a scheduler takes in a run; None where batches to come decide."""
     if unit == "epoch":
-        return epochs
-    return int(epochs * batches_per_epoch + 1e-9)
+        return extent.total("epochs")
+    if unit == "update":
+        return extent.total("updates")
+    examples = extent.total("examples")
+    if examples is None:
+        return None
+    return examples // reference_batch_size
 
 
 def misfit(
-    scheduler: LRScheduler | None, unit: ScheduleUnit, epochs: int, batches_per_epoch: float
+    scheduler: LRScheduler | None, unit: ScheduleUnit, extent: Extent, reference_batch_size: int
 ) -> str:
     """Return a warning about a schedule whose end the run does not reach; "" where it does.
 
@@ -169,10 +178,9 @@ def misfit(
             or it would raise an error before the run ends.
     """
     planned = length(scheduler)
-    if planned is None:
+    steps = steps_of_run(unit, extent, reference_batch_size)
+    if planned is None or steps is None:
         return ""
-    steps = steps_of_run(unit, epochs, batches_per_epoch)
-    within = steps_of_run("reference_batch", epochs, batches_per_epoch)
     name = type(scheduler).__name__
     each = _EACH[unit].replace("once", "one")
     if isinstance(scheduler, OneCycleLR) and planned < steps:
@@ -180,14 +188,17 @@ def misfit(
             f"{name} is built for {planned} steps, and this run takes {steps}, {each}: "
             f"build it with total_steps={steps}"
         )
-    fewest = epochs * math.floor(batches_per_epoch)
-    most = epochs * math.ceil(batches_per_epoch)
-    if unit == "epoch" and epochs < fewest <= planned <= most:
-        raise HessianFlowError(
-            f"{name} is built for {planned} steps, one a batch, and would take {epochs}, one an"
-            f' epoch: pass unit="reference_batch" and build it for {within} steps, or build it for'
-            f" {epochs}"
-        )
+    within = steps_of_run("reference_batch", extent, reference_batch_size)
+    if unit == "epoch" and within is not None:
+        per_epoch = extent.examples_per_epoch / reference_batch_size
+        fewest = steps * math.floor(per_epoch)
+        most = steps * math.ceil(per_epoch)
+        if steps < fewest <= planned <= most:
+            raise HessianFlowError(
+                f"{name} is built for {planned} steps, one a batch, and would take {steps}, one an"
+                f' epoch: pass unit="reference_batch" and build it for {within} steps, or build it'
+                f" for {steps}"
+            )
     if planned <= steps:
         return ""
     return (
@@ -232,7 +243,9 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     name = type(scheduler).__name__
     in_epochs = getattr(scheduler, "t_in_epochs", None)
     if in_epochs is not None and in_epochs != (unit == "epoch"):
-        (other,) = {"epoch", "reference_batch"} - {unit}
+        other = "reference_batch"
+        if in_epochs:
+            other = "epoch"
         raise HessianFlowError(
             f'{name} was made with t_in_epochs={in_epochs}: use it with unit="{other}"'
         )
@@ -243,7 +256,9 @@ def _counted_step(scheduler: Any, unit: ScheduleUnit) -> str | None:
     required = required_arguments(scheduler.step)
     if not required:
         return None
-    method = {"epoch": "step", "reference_batch": "step_update"}[unit]
+    method = "step_update"
+    if unit == "epoch":
+        method = "step"
     if required != ["epoch"] or not hasattr(scheduler, method):
         raise HessianFlowError(
             f"{name}.step needs {', '.join(required)}, which the trainer cannot pass"

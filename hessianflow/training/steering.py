@@ -96,8 +96,7 @@ class Steering:
         """Return the controller if it is to decide now."""
         controller = self.methods.controller
         # At the end of the run there is nothing left that a decision could change.
-        is_over = progress.epoch >= progress.total_epochs
-        if controller is None or is_over or not controller.is_due(progress):
+        if controller is None or self.course.is_over or not controller.is_due(progress):
             return None
         return controller
 

@@ -34,6 +34,7 @@ from hessianflow.training.checks import (
     named,
 )
 from hessianflow.training.divergence import Divergence
+from hessianflow.training.extent import Extent
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.saving import Checkpoints
 from hessianflow.training.schedule import Schedule
@@ -48,10 +49,9 @@ class Task:
     eval_data: Batch | Iterable[Batch] | None
     optimizer: Optimizer
     loss_fn: LossFn
-    epochs: int
+    extent: Extent
 
     def __post_init__(self) -> None:
-        check_count("epochs", self.epochs)
         if not isinstance(self.model, nn.Module):
             raise HessianFlowError(f"model must be a torch.nn.Module, got {named(self.model)}")
         check_data(self.train_data, self.eval_data)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hessianflow.checks import in_home
 from hessianflow.interfaces import (
+    UNKNOWN,
     Adversary,
     Batch,
     BatchController,
@@ -35,6 +36,7 @@ from hessianflow.training.checks import (
     unheld_state,
 )
 from hessianflow.training.divergence import Divergence
+from hessianflow.training.extent import Every, Extent
 from hessianflow.training.lookahead import check_staleness
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.run import Run
@@ -59,7 +61,14 @@ class AdaptiveBatchTrainer(Run):
             schedule-free ones) is switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
             `LossFn`).
-        epochs: passes over the training data.
+        epochs: epochs to train for. An epoch is one pass over the training data, unless `every`
+            says otherwise. The run ends at the first of its limits, of which one must be given.
+        max_updates: optimizer steps to train for at most.
+        max_examples: examples to train on at most; the batch that reaches them is the last one. For
+            sequences of one length these are the tokens over that length.
+        every: the length of an epoch in updates or examples, such as `Every(updates=500)`, for data
+            that are passed once, or whose length nobody knows. All that is done after an epoch is
+            done as often: evaluation, record, checkpoint, reading, decision.
         controller: decides the batch size; None keeps that of `train_data`.
         adversary: perturbs its share of each batch, or trains on adversarial twins of it
             (:class:`~hessianflow.adversarial.ConcurrentAdversary`); the controller's
@@ -96,7 +105,10 @@ class AdaptiveBatchTrainer(Run):
         *,
         optimizer: Optimizer,
         loss_fn: LossFn,
-        epochs: int,
+        epochs: int | None = None,
+        max_updates: int | None = None,
+        max_examples: int | None = None,
+        every: Every | None = None,
         controller: BatchController | None = None,
         adversary: Adversary | None = None,
         probe: CurvatureProbe | None = None,
@@ -121,7 +133,9 @@ class AdaptiveBatchTrainer(Run):
             as_group("after_epoch", after_epoch, AfterEpoch),
             as_group("reporting", reporting, Reporting),
         )
-        task = Task(model, train_data, eval_data, optimizer, loss_fn, epochs)
+        examples = getattr(train_data, "num_examples", UNKNOWN)  # Task refuses what is no data.
+        extent = Extent(examples, epochs, max_updates, max_examples, every)
+        task = Task(model, train_data, eval_data, optimizer, loss_fn, extent)
         methods = Methods(controller, adversary, probe, observers, transform)
         _check_fit(task, methods, groups)
         folder: Path | None = None
@@ -137,13 +151,13 @@ class AdaptiveBatchTrainer(Run):
 
 def _check_fit(task: Task, methods: Methods, groups: Groups) -> None:
     """Refuse a task, methods and settings that do not fit together."""
-    examples = task.train_data.num_examples
+    examples = min(task.train_data.num_examples, task.extent.examples_per_epoch)
     batch_size = methods.first_decision(task.train_data).batch_size
     has_probe = methods.probe is not None
     check_signals(methods.controller, has_probe, bool(methods.observers), examples)
     check_run(task.model, task.optimizer, batch_size, examples)
     check_probe(methods.probe, task.model, groups.checkpoints.state)
-    check_staleness(methods.staleness, batch_size, examples, task.epochs)
+    check_staleness(methods.staleness, batch_size, task.extent)
 
 
 def _notices(
@@ -151,9 +165,8 @@ def _notices(
 ) -> list[str]:
     """Return what the records say at the start about parts that may not do what they seem to."""
     schedule = groups.schedule
-    per_epoch = task.train_data.num_examples / reference
     return [
         idle_adversary(methods.controller, methods.adversary),
-        misfit(schedule.scheduler, schedule.unit, task.epochs, per_epoch),
+        misfit(schedule.scheduler, schedule.unit, task.extent, reference),
         unheld_state(folder, task.optimizer, groups.checkpoints.state),
     ]

@@ -33,7 +33,7 @@ def test_warmup_rises_linearly_to_the_scaled_rate() -> None:
     assert controller.is_due(progress(0, 8192))
     first = controller.update(progress(0, 8192))
     assert first.lr_factor == pytest.approx(1 + 31 * 8192 / 250_000)
-    assert first.reason == "warm-up: 8192 of 250000 examples"
+    assert first.reason == "warm-up: 0.1638 of 5 epochs"
     assert controller.update(progress(2, 125_000)).lr_factor == 16.5
     assert controller.update(progress(5, 250_000)).lr_factor == 32
     assert not controller.is_due(progress(5, 260_000))

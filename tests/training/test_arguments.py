@@ -42,7 +42,7 @@ def trainer(eval_data: Any = None, **options: Any) -> AdaptiveBatchTrainer:
 REFUSED: list[tuple[Callable[[], dict[str, Any]], str]] = [
     (
         lambda: {"schedule": Schedule(unit="step")},
-        "Schedule.unit must be one of epoch, reference_batch, got 'step'",
+        "Schedule.unit must be one of epoch, reference_batch, update, got 'step'",
     ),
     (
         lambda: {"passes": Passes(precision="fp8")},

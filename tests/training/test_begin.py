@@ -339,7 +339,7 @@ def test_a_second_fit_says_that_the_run_is_over():
     made = trainer(network(), STREAMS["device"]())
     made.fit()
     with pytest.raises(
-        HessianFlowError, match="this run is over, after its 4 epochs: train on with a new trainer"
+        HessianFlowError, match="this run is over, after 4 epochs and 15 updates: train on"
     ):
         made.fit()
     trainer(made.model, made.train_data).fit()  # with the same model and data

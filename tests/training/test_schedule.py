@@ -16,6 +16,7 @@ from hessianflow import AdaptiveBatchTrainer, HessianFlowError
 from hessianflow.data import AdaptiveBatches
 from hessianflow.optim import SAM
 from hessianflow.training import Reporting, Schedule
+from hessianflow.training.extent import Extent
 from hessianflow.training.schedule import length, misfit, steps_of_run
 
 N, BATCH, EPOCHS = 100, 16, 6
@@ -88,7 +89,8 @@ def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, s
 def test_the_number_that_is_named_fits(name: str):
     """37 of 37.5 reference batches; the last rate is that of the same scheduler stepped as often by
     hand."""
-    steps = steps_of_run("reference_batch", EPOCHS, N / BATCH)
+    steps = steps_of_run("reference_batch", Extent(N, epochs=EPOCHS), BATCH)
+    assert steps is not None
     assert steps == 37
     made, scheduler = trainer(lambda o: PER_STEP[name](o, steps), unit="reference_batch")
     assert notices(made) == []
@@ -155,7 +157,7 @@ def test_lengths():
     assert length(schedulers.ChainedScheduler(parts)) == 5
     assert length(schedulers.ExponentialLR(o, 0.9)) is None
     assert length(object()) is None
-    assert misfit(schedulers.ExponentialLR(o, 0.9), "epoch", 3, 10) == ""
+    assert misfit(schedulers.ExponentialLR(o, 0.9), "epoch", Extent(100, epochs=3), 10) == ""
 
 
 class TimmLike:
