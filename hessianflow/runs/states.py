@@ -68,7 +68,11 @@ class _CountersRequired(TypedDict):
 class _Counters(_CountersRequired, total=False):
     epoch: Count
     place: Count
+    steps: Count
     best_loss: Number | None
+    best_figure: Number | None
+    waited: Count
+    ended_early: bool
 
 
 class _TrainingRequired(_Common):

@@ -1,6 +1,7 @@
 """The training loop, its settings, and its records and checkpoints."""
 
 from hessianflow.runs import History, LogSink, TensorBoardSink
+from hessianflow.training.best import Best
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveBatchTrainer",
     "AfterEpoch",
     "Ahead",
+    "Best",
     "Checkpoints",
     "Divergence",
     "Evaluation",

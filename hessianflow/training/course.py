@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hessianflow.interfaces import Progress
@@ -21,6 +21,9 @@ class Counters:
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         best_loss: lowest evaluation loss so far, where there is no accuracy.
+        best_figure: best value so far of the figure that :class:`Best` names.
+        waited: epochs since the best one.
+        ended_early: whether the run ended before its limits, for want of a better epoch.
         batch_cap: largest batch allowed since a divergence; None: no cap.
         cap_power: power of the batch by which the cap lowers the rate factor.
         cap_factor: largest rate factor under the cap.
@@ -36,6 +39,9 @@ class Counters:
     saved_at: int = 0
     best: float | None = None
     best_loss: float | None = None
+    best_figure: float | None = None
+    waited: int = 0
+    ended_early: bool = False
     batch_cap: int | None = None
     cap_power: float = 1.0
     cap_factor: float = math.inf
@@ -52,14 +58,16 @@ class Counters:
         for name, value in vars(position).items():
             setattr(self, name, value)
 
-    def is_best(self, accuracy: float | None, loss: float) -> bool:
+    def is_best(self, accuracy: float | None, loss: float | None) -> bool:
         """Remember and return whether accuracy, or loss where there is none, is the best so far."""
         if accuracy is not None:
             if self.best is not None and not accuracy > self.best:
                 return False
             self.best = accuracy
             return True
-        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+        if loss is None or not math.isfinite(loss):
+            return False
+        if self.best_loss is not None and loss >= self.best_loss:
             return False
         self.best_loss = loss
         return True
@@ -76,6 +84,7 @@ class Done:
         rows: rows of readings and decisions that are not written yet.
         row: the row of the epoch.
         measurements: the number of measurements made.
+        figures: those of the reading and of the measurements.
         stepped: whether the schedule has been told that the epoch is over.
     """
 
@@ -86,6 +95,7 @@ class Done:
     evaluation: Evaluation | None = None
     row: dict[str, Any] | None = None
     measurements: int = 0
+    figures: dict[str, Any] = field(default_factory=dict)
     stepped: bool = False
 
 
@@ -100,7 +110,10 @@ class Course:
     @property
     def progress(self) -> Progress:
         """How far the run has come, as controllers are told."""
-        return self.extent.progress(self.counters.position)
+        progress = self.extent.progress(self.counters.position)
+        if self.counters.ended_early:
+            return replace(progress, done=1.0)
+        return progress
 
     @property
     def is_between_epochs(self) -> bool:
@@ -115,7 +128,7 @@ class Course:
     @property
     def is_over(self) -> bool:
         """Whether the last update of the run has been made."""
-        return self.extent.is_over(self.counters.position)
+        return self.counters.ended_early or self.extent.is_over(self.counters.position)
 
     @property
     def is_unfinished(self) -> bool:

@@ -1,8 +1,9 @@
 """The end of an epoch: statistics, evaluation, row, measurements, schedule, best model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from hessianflow.interfaces import Batch
 from hessianflow.normalisation.settle import NormStatistics, settle
@@ -60,10 +61,9 @@ class EpochEnd:
             if not done.stepped:
                 done.stepped = True
                 self._start_next(done)
-            if done.evaluation is None:
+            if done.evaluation is None and self.settings.best.figure is None:
                 return
-            if self.course.counters.is_best(done.evaluation.accuracy, done.evaluation.loss):
-                self.keeper.save(BEST)
+            self._judge({**(done.row or {}), **done.figures})
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -99,10 +99,22 @@ class EpochEnd:
             with self.stopwatch.section("evaluation"):
                 figures, warning = measurement()
             done.measurements += 1
+            done.figures |= figures
             row = rows.measurement_row(self.course.progress, measurement.kind, figures)
             self.reporter.record.write(row)
             if warning:
                 self.reporter.event("alarm", warning)
+
+    def _judge(self, figures: Mapping[str, Any]) -> None:
+        """Save the model if it is the best, and end the run if there was none for too long."""
+        counters = self.course.counters
+        best = self.settings.best
+        if best.judge(counters, figures):
+            self.keeper.save(BEST)
+        elif best.is_exhausted(counters) and not self.course.is_over:
+            counters.ended_early = True
+            message = f"no better epoch for {counters.waited} epochs: the run ends early"
+            self.reporter.event("ended early", message)
 
     def _start_next(self, done: Done) -> None:
         assert done.row is not None

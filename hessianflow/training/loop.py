@@ -137,7 +137,7 @@ class TrainingLoop:
         # While losses are in doubt, the previous checkpoint is kept: a rollback may need it.
         if saves and (stop or not self.course.is_unfinished or not self.totals.in_doubt):
             self.keeper.save()
-        return stop
+        return stop or self.course.is_over
 
     @contextmanager
     def _training(self) -> Iterator[None]:

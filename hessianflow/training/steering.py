@@ -83,6 +83,7 @@ class Steering:
         if signals:
             done.rows.append(rows.measurement_row(progress, "signals", signals))
         if reading is not None:
+            done.figures["eigenvalue"] = reading.eigenvalue
             note = ""
             # The row of a change gives its reason; without a decision, the reason is an older one.
             if not changed and controller is not None:

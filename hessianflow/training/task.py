@@ -4,7 +4,7 @@ Each record checks its own members; the trainer checks whether they fit together
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import nn
@@ -26,6 +26,7 @@ from hessianflow.interfaces import (
 )
 from hessianflow.normalisation.settle import NormStatistics
 from hessianflow.training.accumulate import Precision
+from hessianflow.training.best import Best
 from hessianflow.training.checks import (
     as_list,
     check_data,
@@ -145,18 +146,25 @@ class AfterEpoch:
         after_evaluation: called afterwards, even after an error, to restore the weights.
         measurements: made and recorded, such as
             :class:`~hessianflow.adversarial.RobustnessWatch`.
+        best: the figure that decides which model is kept as the best, and for how many epochs
+            without a better one the run goes on.
     """
 
     curvature: bool = True
     before_evaluation: Callable[[], None] | None = None
     after_evaluation: Callable[[], None] | None = None
     measurements: Sequence[EpochMeasurement] = ()
+    best: Best = field(default_factory=Best)
 
     def __post_init__(self) -> None:
         if not isinstance(self.curvature, bool):
             raise HessianFlowError(
                 "AfterEpoch.curvature must be True (after every epoch) or False (when the"
                 f" controller needs it), got {self.curvature!r}"
+            )
+        if not isinstance(self.best, Best):
+            raise HessianFlowError(
+                f'AfterEpoch.best must be a Best, as Best("eval_loss", "min"), got {self.best!r}'
             )
         before = self.before_evaluation
         check_functions(before_evaluation=before, after_evaluation=self.after_evaluation)

@@ -1,0 +1,77 @@
+"""The figure by which the best model of a run is chosen, and by which the run may end early."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hessianflow.checks import check_choice, check_count
+from hessianflow.interfaces import HessianFlowError
+from hessianflow.training.course import Counters
+
+Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The recorded figure that decides which epoch is the best.
+
+    Attributes:
+        figure: name of a figure in the row of an epoch ("eval_loss", "train_loss"), in that of a
+            measurement made after it, or "eigenvalue", that of the reading. None: the accuracy on
+            the evaluation data or, where there is none, their loss.
+        mode: whether the highest or the lowest value is the best; where `figure` is None, "max"
+            for an accuracy and "min" for a loss, whatever this says.
+        patience: the run ends after this many epochs in a row that were not better; None: it does
+            not end early. A figure that is not finite is never better.
+
+    Raises:
+        HessianFlowError: a setting is not what it must be.
+    """
+
+    figure: str | None = None
+    mode: Mode = "max"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("Best.mode", self.mode, get_args(Mode))
+        check_count("Best.patience", self.patience, none="no early end")
+
+    def judge(self, counters: Counters, figures: Mapping[str, Any]) -> bool:
+        """Count one more epoch with these figures, and return whether it is the best so far.
+
+        Raises:
+            HessianFlowError: the figure was not recorded.
+        """
+        is_better = self._is_better(counters, figures)
+        counters.waited += 1
+        if is_better:
+            counters.waited = 0
+        return is_better
+
+    def is_exhausted(self, counters: Counters) -> bool:
+        """Return whether the run has waited long enough for a better epoch."""
+        return self.patience is not None and counters.waited >= self.patience
+
+    def _is_better(self, counters: Counters, figures: Mapping[str, Any]) -> bool:
+        if self.figure is None:
+            return counters.is_best(figures.get("eval_accuracy"), figures.get("eval_loss"))
+        value = figures.get(self.figure)
+        if not isinstance(value, (int, float)):
+            known = sorted(name for name, held in figures.items() if isinstance(held, (int, float)))
+            raise HessianFlowError(
+                f"Best.figure {self.figure!r} is not recorded after an epoch of this run: choose"
+                f" one of {', '.join(known)}"
+            )
+        if not math.isfinite(value):
+            return False
+        before = counters.best_figure
+        if before is not None and not self._beats(value, before):
+            return False
+        counters.best_figure = float(value)
+        return True
+
+    def _beats(self, value: float, before: float) -> bool:
+        if self.mode == "max":
+            return value > before
+        return value < before
