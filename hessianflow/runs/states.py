@@ -69,6 +69,8 @@ class _Counters(_CountersRequired, total=False):
     epoch: Count
     place: Count
     steps: Count
+    passes: Count
+    read: Count
     best_loss: Number | None
     best_figure: Number | None
     waited: Count

@@ -18,6 +18,8 @@ class Counters:
     Attributes:
         place: examples trained in the current epoch.
         steps: updates of the current epoch.
+        passes: passes over the data completed.
+        read: examples trained in the current pass.
         saved_at: `examples` at the last checkpoint.
         best: best evaluation accuracy so far.
         best_loss: lowest evaluation loss so far, where there is no accuracy.
@@ -36,6 +38,8 @@ class Counters:
     epoch: int = 0
     place: int = 0
     steps: int = 0
+    passes: int = 0
+    read: int = 0
     saved_at: int = 0
     best: float | None = None
     best_loss: float | None = None
@@ -51,7 +55,7 @@ class Counters:
     @property
     def position(self) -> Position:
         """How far the run has come."""
-        return Position(self.epoch, self.examples, self.updates, self.place, self.steps)
+        return Position(**{name: getattr(self, name) for name in vars(Position())})
 
     def move_to(self, position: Position) -> None:
         """Count as far as `position`."""
@@ -140,9 +144,11 @@ class Course:
         position = self.counters.position
         self.counters.move_to(self.extent.after(position, examples, data_ended=data_ended))
 
-    def end_epoch(self) -> None:
-        """Count one epoch, and begin the next."""
-        self.counters.move_to(self.counters.position.next_epoch())
+    def end_pass(self) -> bool:
+        """Count a pass that the data ended after the last update; return whether an epoch ended."""
+        before = self.counters.epoch
+        self.counters.move_to(self.extent.after_pass(self.counters.position))
+        return self.counters.epoch > before
 
     def settle(self) -> None:
         """Note that all that follows the last update has been done."""
@@ -165,4 +171,6 @@ class Course:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back the counters of :meth:`state_dict`."""
-        self.counters = Counters(**state)
+        # Older checkpoints are of runs whose epochs are passes.
+        passes = {"passes": state.get("epoch", 0), "read": state.get("place", 0)}
+        self.counters = Counters(**(passes | dict(state)))

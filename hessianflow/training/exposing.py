@@ -101,7 +101,7 @@ class Ahead:
         self._microbatch_size = microbatch_size
         data = _OneEpoch(batches)
         depth = adversary.staleness
-        self._extent = Extent(UNKNOWN, epochs=1)
+        self._extent = Extent(UNKNOWN, passes=1)
         watch = Stopwatch(device)
         self._queue = Lookahead(data, self._extent, depth, lambda batch, _: batch, device, watch)
         self._position = Position()
@@ -109,12 +109,12 @@ class Ahead:
     def __iter__(self) -> Iterator[Exposure]:
         for planned in self._queue.plan(self._now):
             if planned is None:  # The data have ended with the previous batch.
-                self._position = self._position.next_epoch()
+                self._position = self._extent.after_pass(self._position)
                 continue
             now, ahead = planned
             if ahead is None and self._position.updates == 0:
                 batches = len(self._queue)
-                check_staleness(self._queue.depth, 1, Extent(batches, epochs=1))
+                check_staleness(self._queue.depth, 1, Extent(batches, passes=1))
             exposure = expose(self._adversary, self._model, now, ahead, self._microbatch_size)
             self._queue.trained()
             ended = now.data_ended

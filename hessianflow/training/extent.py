@@ -8,6 +8,7 @@ from hessianflow.checks import check_count
 from hessianflow.interfaces import UNKNOWN, HessianFlowError, Progress
 
 Unit = Literal["epochs", "updates", "examples"]
+_Limit = Literal["passes", "updates", "examples"]
 
 
 def known(examples: int) -> int | None:
@@ -21,9 +22,10 @@ def known(examples: int) -> int | None:
 class Every:
     """The length of an epoch of a run, where that is not one pass over the training data.
 
-    Everything that is done after an epoch (evaluation, checkpoint, reading of the curvature,
-    decision, step of a schedule that counts epochs) is done after this many examples or updates. A
-    run of one pass can so be divided into many epochs.
+    Everything that is done after an epoch (evaluation, record, checkpoint, reading of the
+    curvature, decision, step of a schedule that counts epochs) is done after this many examples or
+    updates, and the records and controllers count these as epochs. One pass can so be divided into
+    many epochs.
 
     Attributes:
         examples: examples of an epoch. The batch that reaches a multiple of it ends an epoch.
@@ -56,6 +58,8 @@ class Position:
         updates: optimizer steps taken.
         place: examples trained in the current epoch.
         steps: optimizer steps taken in the current epoch.
+        passes: passes over the data completed.
+        read: examples trained in the current pass.
     """
 
     epoch: int = 0
@@ -63,10 +67,16 @@ class Position:
     updates: int = 0
     place: int = 0
     steps: int = 0
+    passes: int = 0
+    read: int = 0
 
     def next_epoch(self) -> "Position":
         """Return this position as the beginning of the next epoch."""
         return replace(self, epoch=self.epoch + 1, place=0, steps=0)
+
+    def next_pass(self) -> "Position":
+        """Return this position as the beginning of the next pass."""
+        return replace(self, passes=self.passes + 1, read=0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Extent:
 
     Attributes:
         num_examples: examples of one pass over the data; UNKNOWN: only the data know its end.
-        epochs: epochs of the run; None: another limit ends it.
+        passes: passes over the data after which the run ends; None: another limit ends it.
         max_updates: optimizer steps after which the run ends.
         max_examples: examples after which the run ends, with the batch that reaches them.
         every: the length of an epoch; None: one pass over the data.
@@ -85,14 +95,15 @@ class Extent:
     """
 
     num_examples: int
-    epochs: int | None = None
+    passes: int | None = None
     max_updates: int | None = None
     max_examples: int | None = None
     every: Every | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_updates", "max_examples"):
-            check_count(name, getattr(self, name), none="another limit")
+        check_count("epochs", self.passes, none="another limit")
+        check_count("max_updates", self.max_updates, none="another limit")
+        check_count("max_examples", self.max_examples, none="another limit")
         if self.every is not None and not isinstance(self.every, Every):
             raise HessianFlowError(
                 "every must be a hf.training.Every, as Every(updates=500), got a"
@@ -102,14 +113,18 @@ class Extent:
             raise HessianFlowError("a run needs an end: pass epochs, max_updates or max_examples")
 
     @property
+    def counts_passes(self) -> bool:
+        """Whether the run and its epochs are counted in passes over the data alone."""
+        return self.every is None and list(self._limits) == ["passes"]
+
+    @property
     def settings(self) -> dict[str, int | None]:
         """The limits of the run, and the length of its epochs, as plain values."""
-        limits = {"max_updates": self.max_updates, "max_examples": self.max_examples}
-        every: dict[str, int | None] = {}
+        further = {"max_updates": self.max_updates, "max_examples": self.max_examples}
         if self.every is not None:
-            every = {f"every_{unit}": length for unit, length in vars(self.every).items()}
-        stated = {name: value for name, value in (limits | every).items() if value is not None}
-        return {"epochs": self.epochs, **stated}
+            further |= {f"every_{unit}": length for unit, length in vars(self.every).items()}
+        stated = {name: value for name, value in further.items() if value is not None}
+        return {"epochs": self.passes, **stated}
 
     @property
     def examples_per_epoch(self) -> int:
@@ -126,83 +141,96 @@ class Extent:
         return min(total for total in totals if total is not None)
 
     @property
-    def _limits(self) -> dict[Unit, int]:
+    def _limits(self) -> dict[_Limit, int]:
         """The limits that are stated."""
-        limits: dict[Unit, int | None] = {
-            "epochs": self.epochs,
+        limits: dict[_Limit, int | None] = {
+            "passes": self.passes,
             "updates": self.max_updates,
             "examples": self.max_examples,
         }
         return {unit: limit for unit, limit in limits.items() if limit is not None}
 
-    @property
-    def _epoch_in(self) -> dict[Unit, int | None]:
-        """The length of an epoch in each unit; None where that depends on batch sizes."""
-        updates: int | None = None
-        if self.every is not None:
-            updates = self.every.updates
-        return {"updates": updates, "examples": known(self.examples_per_epoch)}
-
-    def _converted(self, limit: int, of: Unit, to: Unit) -> int | None:
+    def _converted(self, limit: int, of: _Limit, to: Unit) -> int | None:
         """Return a limit that is stated in one unit in another; None where that is impossible."""
+        if of == "passes" and to == "epochs" and self.every is None:
+            return limit
+        if of == "passes":
+            if self.num_examples == UNKNOWN:
+                return None
+            return self._converted(limit * self.num_examples, "examples", to)
         if of == to:
             return limit
-        if to == "epochs":
-            length = self._epoch_in[of]
-            return length and math.ceil(limit / length)
-        if of == "epochs":
-            length = self._epoch_in[to]
-            return length and limit * length
-        return None
+        length = known(self.examples_per_epoch)
+        if of == "updates":
+            length = self._updates_per_epoch
+        if to != "epochs" or length is None:
+            return None
+        return math.ceil(limit / length)
+
+    @property
+    def _updates_per_epoch(self) -> int | None:
+        """Updates of an epoch; None where that depends on batch sizes."""
+        if self.every is None:
+            return None
+        return self.every.updates
 
     def steps(self, batch_size: int) -> int:
         """Return the updates of the whole run if the batch size stays."""
-        per_epoch = self._epoch_in["updates"] or -(-self.examples_per_epoch // batch_size)
         limits = [self.max_updates]
         if self.max_examples is not None:
             limits.append(-(-self.max_examples // batch_size))
-        if self.epochs is not None:
-            limits.append(self.epochs * per_epoch)
+        if self.passes is not None:
+            limits.append(self.passes * -(-self.num_examples // batch_size))
         return min(limit for limit in limits if limit is not None)
 
     def after(self, position: Position, examples: int, *, data_ended: bool = False) -> Position:
-        """Return the position after one more update on `examples`."""
-        now = Position(
-            position.epoch,
-            position.examples + examples,
-            position.updates + 1,
-            position.place + examples,
-            position.steps + 1,
+        """Return the position after one more update; `data_ended`: the last one of a pass."""
+        now = replace(
+            position,
+            examples=position.examples + examples,
+            updates=position.updates + 1,
+            place=position.place + examples,
+            steps=position.steps + 1,
+            read=position.read + examples,
         )
-        if self.every is None:
-            ends = data_ended or now.place >= self.num_examples
-        elif self.every.updates is not None:
-            ends = now.steps >= self.every.updates
-        else:
-            # Multiples do not drift, though a batch may reach beyond one.
-            assert self.every.examples is not None
-            ends = now.examples // self.every.examples > now.epoch
+        if data_ended or now.read >= self.num_examples:
+            now = now.next_pass()
         # The last epoch of a run is shorter where the run ends within it.
-        if ends or self._is_at_limit(now):
-            return now.next_epoch()
+        if self._ends_epoch(now) or self.is_over(now):
+            now = now.next_epoch()
         return now
+
+    def after_pass(self, position: Position) -> Position:
+        """Return the position after the data have ended a pass with the update before."""
+        now = position.next_pass()
+        if self.every is None or (self.is_over(now) and now.place > 0):
+            now = now.next_epoch()
+        return now
+
+    def _ends_epoch(self, now: Position) -> bool:
+        """Return whether the update that led to `now` was the last one of its epoch."""
+        if self.every is None:
+            return now.read == 0
+        if self.every.updates is not None:
+            return now.steps >= self.every.updates
+        # Multiples do not drift, though a batch may reach beyond one.
+        return now.examples // self.examples_per_epoch > now.epoch
 
     def is_over(self, position: Position) -> bool:
         """Return whether the run has reached one of its limits."""
-        if self.epochs is not None and position.epoch >= self.epochs:
-            return True
-        return self._is_at_limit(position)
+        reached = vars(position)
+        return any(reached[unit] >= limit for unit, limit in self._limits.items())
 
     def progress(self, position: Position) -> Progress:
         """Return the position as controllers are told."""
         passed: float | None = None
         if self.examples_per_epoch == UNKNOWN:
             passed = float(position.epoch)
-            if self.every is not None and self.every.updates is not None:
-                passed += position.steps / self.every.updates
+            if self._updates_per_epoch is not None:
+                passed += position.steps / self._updates_per_epoch
         done: float | None = None
-        if self.max_updates is not None or self.max_examples is not None:
-            done = self._fraction(position, passed)
+        if not self.counts_passes:
+            done = self._fraction(position)
         return Progress(
             position.epoch,
             position.examples,
@@ -213,33 +241,11 @@ class Extent:
             done,
         )
 
-    def _fraction(self, position: Position, passed: float | None) -> float:
+    def _fraction(self, position: Position) -> float:
         """Return the share of the run that is over, by the limit that is nearest."""
-        if passed is None:
-            passed = position.examples / self.examples_per_epoch
-        # The data may have ended an epoch before their number of examples.
-        limits = (
-            (max(passed, position.epoch), self.epochs),
-            (position.updates, self.max_updates),
-            (position.examples, self.max_examples),
-        )
-        return min(1.0, max(done / limit for done, limit in limits if limit is not None))
-
-    def _is_at_limit(self, position: Position) -> bool:
-        updates = self.max_updates
-        examples = self.max_examples
-        return (updates is not None and position.updates >= updates) or (
-            examples is not None and position.examples >= examples
-        )
-
-    def _of_updates(self) -> int | None:
-        """Return the epochs that `max_updates` make, where epochs are counted in updates."""
-        if self.max_updates is None or self.every is None or self.every.updates is None:
-            return None
-        return math.ceil(self.max_updates / self.every.updates)
-
-    def _of_examples(self) -> int | None:
-        """Return the epochs that `max_examples` make, where their examples are known."""
-        if self.max_examples is None or self.examples_per_epoch == UNKNOWN:
-            return None
-        return math.ceil(self.max_examples / self.examples_per_epoch)
+        reached: dict[_Limit, float] = {
+            "passes": position.passes + position.read / self.num_examples,
+            "updates": position.updates,
+            "examples": position.examples,
+        }
+        return min(1.0, max(reached[unit] / limit for unit, limit in self._limits.items()))

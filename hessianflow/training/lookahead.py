@@ -101,7 +101,7 @@ class Lookahead:
         """Yield (batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
         The second is the first itself without look-ahead, and None when all batches of the run are
-        drawn. A yield of None means that the data ended the epoch with the batch trained last.
+        drawn. A yield of None means that the data ended a pass with the batch trained last.
         """
         while True:
             while len(self._queue) <= self.depth:
@@ -125,10 +125,10 @@ class Lookahead:
         self._queue.popleft()
 
     def _draw(self, position: Position, decision: Decision) -> bool:
-        """Queue the next batch; return False if the data ended the epoch after the last step."""
+        """Queue the next batch; return False if the data ended a pass after the last step."""
         before = self._place.find()
         batch = self._next_batch()
-        if batch is None and position.place > 0 and self._extent.every is None:
+        if batch is None and position.read > 0:
             if not self._queue:
                 return False
             self._queue[-1].data_ended = True

@@ -84,8 +84,9 @@ class TrainingLoop:
             return
         batch: Batch | None = None
         for planned in self.ahead.plan(self._now):
-            if planned is None:  # The data ended the epoch with the previous batch.
-                self.course.end_epoch()
+            if planned is None:  # The data ended a pass with the previous batch.
+                if not self.course.end_pass():
+                    continue
                 wishes = Wishes()
             else:
                 batch = planned[0].batch

@@ -26,7 +26,7 @@ from hessianflow.runs.summary import summary_of
 from hessianflow.training.checkpoint import differences, split_of
 from hessianflow.training.checks import join_parts, must_pair
 from hessianflow.training.divergence import largest
-from hessianflow.training.extent import Extent, known
+from hessianflow.training.extent import known
 from hessianflow.training.loop import TrainingLoop
 from hessianflow.training.optimizers import set_mode
 from hessianflow.training.state import separate_generators
@@ -74,14 +74,13 @@ class Run:
 
     @property
     def epochs(self) -> int | None:
-        """Epochs of the run; None: it ends after a number of updates or examples."""
-        return self._loop.course.extent.epochs
+        """Passes over the training data; None: the run ends after updates or examples."""
+        return self._loop.course.extent.passes
 
     @property
     def counts_passes(self) -> bool:
         """Whether the run and its epochs are counted in passes over the training data alone."""
-        extent = self._loop.course.extent
-        return extent == Extent(extent.num_examples, extent.epochs)
+        return self._loop.course.extent.counts_passes
 
     @property
     def world(self) -> World:

@@ -61,14 +61,14 @@ class AdaptiveBatchTrainer(Run):
             schedule-free ones) is switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
             `LossFn`).
-        epochs: epochs to train for. An epoch is one pass over the training data, unless `every`
-            says otherwise. The run ends at the first of its limits, of which one must be given.
+        epochs: passes over the training data. The run ends at the first of its limits, of which
+            one must be given.
         max_updates: optimizer steps to train for at most.
         max_examples: examples to train on at most; the batch that reaches them is the last one. For
             sequences of one length these are the tokens over that length.
-        every: the length of an epoch in updates or examples, such as `Every(updates=500)`, for data
-            that are passed once, or whose length nobody knows. All that is done after an epoch is
-            done as often: evaluation, record, checkpoint, reading, decision.
+        every: how often that is done which is else done after every pass: evaluation, record,
+            checkpoint, reading, decision. Records and controllers count these stretches as epochs.
+            `Every(updates=500)` suits data that are passed once, or whose length nobody knows.
         controller: decides the batch size; None keeps that of `train_data`.
         adversary: perturbs its share of each batch, or trains on adversarial twins of it
             (:class:`~hessianflow.adversarial.ConcurrentAdversary`); the controller's

@@ -89,7 +89,7 @@ def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, s
 def test_the_number_that_is_named_fits(name: str):
     """37 of 37.5 reference batches; the last rate is that of the same scheduler stepped as often by
     hand."""
-    steps = steps_of_run("reference_batch", Extent(N, epochs=EPOCHS), BATCH)
+    steps = steps_of_run("reference_batch", Extent(N, passes=EPOCHS), BATCH)
     assert steps is not None
     assert steps == 37
     made, scheduler = trainer(lambda o: PER_STEP[name](o, steps), unit="reference_batch")
@@ -157,7 +157,7 @@ def test_lengths():
     assert length(schedulers.ChainedScheduler(parts)) == 5
     assert length(schedulers.ExponentialLR(o, 0.9)) is None
     assert length(object()) is None
-    assert misfit(schedulers.ExponentialLR(o, 0.9), "epoch", Extent(100, epochs=3), 10) == ""
+    assert misfit(schedulers.ExponentialLR(o, 0.9), "epoch", Extent(100, passes=3), 10) == ""
 
 
 class TimmLike:
