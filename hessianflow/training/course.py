@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from hessianflow.interfaces import Progress
 from hessianflow.runs.rows import Record
 from hessianflow.training.evaluate import Evaluation
 from hessianflow.training.extent import Extent, Position
+
+_place_of = attrgetter(*Position._fields)
 
 
 @dataclass
@@ -55,11 +58,11 @@ class Counters:
     @property
     def position(self) -> Position:
         """How far the run has come."""
-        return Position(**{name: getattr(self, name) for name in vars(Position())})
+        return Position(*_place_of(self))
 
     def move_to(self, position: Position) -> None:
         """Count as far as `position`."""
-        for name, value in vars(position).items():
+        for name, value in zip(Position._fields, position, strict=True):
             setattr(self, name, value)
 
     def is_best(self, accuracy: float | None, loss: float | None) -> bool:

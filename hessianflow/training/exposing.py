@@ -129,7 +129,7 @@ class Ahead:
         queue = self._queue.state_dict()  # This ends attacks, which change the adversary's state.
         return {
             "queue": queue,
-            "position": dict(vars(self._position)),
+            "position": self._position._asdict(),
             "adversary": self._adversary.state_dict(),
         }
 

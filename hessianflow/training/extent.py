@@ -1,8 +1,9 @@
 """The length of a run and of its epochs, in passes over the data, in examples or in updates."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from hessianflow.checks import check_count
 from hessianflow.interfaces import UNKNOWN, HessianFlowError, Progress
@@ -48,8 +49,7 @@ class Every:
         check_count("Every.updates", self.updates, none="as many as the examples need")
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """How far a run has come.
 
     Attributes:
@@ -72,11 +72,11 @@ class Position:
 
     def next_epoch(self) -> "Position":
         """Return this position as the beginning of the next epoch."""
-        return replace(self, epoch=self.epoch + 1, place=0, steps=0)
+        return self._replace(epoch=self.epoch + 1, place=0, steps=0)
 
     def next_pass(self) -> "Position":
         """Return this position as the beginning of the next pass."""
-        return replace(self, passes=self.passes + 1, read=0)
+        return self._replace(passes=self.passes + 1, read=0)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Extent:
         if not self._limits:
             raise HessianFlowError("a run needs an end: pass epochs, max_updates or max_examples")
 
-    @property
+    @cached_property
     def counts_passes(self) -> bool:
         """Whether the run and its epochs are counted in passes over the data alone."""
         return self.every is None and list(self._limits) == ["passes"]
@@ -126,7 +126,7 @@ class Extent:
         stated = {name: value for name, value in further.items() if value is not None}
         return {"epochs": self.passes, **stated}
 
-    @property
+    @cached_property
     def examples_per_epoch(self) -> int:
         """Examples of an epoch; UNKNOWN where updates or the end of the data decide."""
         if self.every is None:
@@ -140,7 +140,11 @@ class Extent:
             return None
         return min(total for total in totals if total is not None)
 
-    @property
+    @cached_property
+    def _total_epochs(self) -> int | None:
+        return self.total("epochs")
+
+    @cached_property
     def _limits(self) -> dict[_Limit, int]:
         """The limits that are stated."""
         limits: dict[_Limit, int | None] = {
@@ -185,13 +189,14 @@ class Extent:
 
     def after(self, position: Position, examples: int, *, data_ended: bool = False) -> Position:
         """Return the position after one more update; `data_ended`: the last one of a pass."""
-        now = replace(
-            position,
-            examples=position.examples + examples,
-            updates=position.updates + 1,
-            place=position.place + examples,
-            steps=position.steps + 1,
-            read=position.read + examples,
+        now = Position(
+            position.epoch,
+            position.examples + examples,
+            position.updates + 1,
+            position.place + examples,
+            position.steps + 1,
+            position.passes,
+            position.read + examples,
         )
         if data_ended or now.read >= self.num_examples:
             now = now.next_pass()
@@ -218,8 +223,11 @@ class Extent:
 
     def is_over(self, position: Position) -> bool:
         """Return whether the run has reached one of its limits."""
-        reached = vars(position)
-        return any(reached[unit] >= limit for unit, limit in self._limits.items())
+        if self.passes is not None and position.passes >= self.passes:
+            return True
+        if self.max_updates is not None and position.updates >= self.max_updates:
+            return True
+        return self.max_examples is not None and position.examples >= self.max_examples
 
     def progress(self, position: Position) -> Progress:
         """Return the position as controllers are told."""
@@ -236,7 +244,7 @@ class Extent:
             position.examples,
             position.updates,
             self.examples_per_epoch,
-            self.total("epochs"),
+            self._total_epochs,
             passed,
             done,
         )
