@@ -169,6 +169,11 @@ def test_stretches_end_with_epochs():
     assert lonely.run_until(100).updates == 2, "one example joins the batch before it"
 
 
+def test_an_elastic_run_counts_whole_passes():
+    with pytest.raises(HessianFlowError, match="an elastic run counts whole passes over the data"):
+        job(lambda *_: {"max_updates": 3})
+
+
 class Mortal:
     """Kills its process at chosen updates, once each: a transform, since that sees every batch."""
 
