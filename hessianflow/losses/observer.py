@@ -103,6 +103,15 @@ class Observer(TorchFunctionMode):
             return None
         return losses[-1].ignore_index
 
+    @property
+    def classified(self) -> tuple[Tensor, Tensor] | None:
+        """Return scores and class indices of the only class loss called, without their graph."""
+        calls = [call for call in self._calls if call.ignore_index is not None]
+        if len(calls) != 1:
+            return None
+        scores: Tensor = calls[0].arguments["input"]
+        return scores.detach(), calls[0].arguments["target"]
+
     def is_sum(self, loss: Tensor) -> bool:
         """Return whether the loss is the result of one of torch's with reduction="sum"."""
         last = self._returned(loss)

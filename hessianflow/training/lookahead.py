@@ -152,7 +152,7 @@ class Lookahead:
             )
         try:
             loaded = self._load(batch, progress)
-            self._queue.append(Planned(loaded, num_examples(batch[1]), decision))
+            self._queue.append(Planned(loaded, num_examples(batch), decision))
         except BaseException:
             self._place.note(before)  # The batch is to be drawn again.
             raise
@@ -189,8 +189,8 @@ class Lookahead:
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
-        inputs, targets = to_device(entry["batch"], self._device)
-        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]))
+        batch = to_device(entry["batch"], self._device)
+        planned = Planned(batch, entry["examples"], Decision(**entry["decision"]))
         planned.ends_epoch = entry["ends_epoch"]
         if entry["adversarial"] is not None:
             adversarial = to_device(entry["adversarial"], self._device)
