@@ -1,8 +1,9 @@
 """Functions that move, count and cut batches. Sizes are in examples.
 
-A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a dict, a
-`UserDict`, the output of a tokenizer), dataclasses, named tuples, lists and tuples of parts. A cut
-treats them as follows:
+A batch is a pair (inputs, targets), or one mapping or dataclass for a loss that runs the model
+(:mod:`hessianflow.losses.batch_loss`). Its parts are tensors, and mappings (a dict, a `UserDict`,
+the output of a tokenizer, a TensorDict), dataclasses, named tuples, lists and tuples of parts. A
+cut treats them as follows:
 
 - A tensor or an array whose first dimension is the number of examples is cut, and so is a list or
   tuple with one entry for each example. A mapping, dataclass or named tuple, and a list or tuple of
@@ -61,6 +62,8 @@ def num_examples(batch: Any) -> int:
         counts = targets or inputs or counts
         if len(counts) > 1:
             counts = counts & inputs or counts
+    elif len(counts) > 1:
+        counts = counts - {1}  # such entries belong to all examples
     if len(counts) == 1:
         return counts.pop()
     if counts:

@@ -4,6 +4,7 @@ from hessianflow.runs import History, LogSink, TensorBoardSink
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
+from hessianflow.training.metrics import Metrics
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.saving import Checkpoints
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "History",
     "LogSink",
+    "Metrics",
     "Passes",
     "ProgressiveResize",
     "Reporting",
