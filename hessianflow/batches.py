@@ -31,6 +31,7 @@ from hessianflow.structure import (
     entries,
     entry_names,
     is_list,
+    is_named_tuple,
     is_plain,
     mapped,
     reading,
@@ -62,8 +63,6 @@ def num_examples(batch: Any) -> int:
         counts = targets or inputs or counts
         if len(counts) > 1:
             counts = counts & inputs or counts
-    elif len(counts) > 1:
-        counts = counts - {1}  # such entries belong to all examples
     if len(counts) == 1:
         return counts.pop()
     if counts:
@@ -233,8 +232,9 @@ def as_batches(data: Any) -> Iterable[Any]:
     Raises:
         HessianFlowError: the data are a tensor, tensors that are no pair, or single examples.
     """
-    has_names = isinstance(data, Mapping) or dataclasses.is_dataclass(data)
-    if isinstance(data, Mapping) or (has_names and not isinstance(data, (type, Iterable))):
+    if isinstance(data, Mapping) or (is_named_tuple(data) and not is_pair(data)):
+        return [data]
+    if dataclasses.is_dataclass(data) and not isinstance(data, (type, Iterable)):
         return [data]
     if isinstance(data, (tuple, list)) and len(data) == 2:
         first, second = data
@@ -258,8 +258,8 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def is_pair(batch: Any) -> bool:
-    """Return whether a batch is a pair (inputs, targets): a list or tuple of two without names."""
-    return is_list(batch) and len(batch) == 2
+    """Return whether a batch is a pair (inputs, targets): a list or tuple of two."""
+    return isinstance(batch, (list, tuple)) and len(batch) == 2
 
 
 def as_pair(batch: Any) -> Batch:

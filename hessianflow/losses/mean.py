@@ -120,6 +120,12 @@ class MeanLoss:
         averaged = self._averaged(result, targets, observer)
         if weight is None:
             weight = self.weight_ahead(targets)
+        if weight is None and averaged.source == EXAMPLES and _is_compiled(outputs):
+            raise HessianFlowError(
+                "the compiled model hides what its loss divides by: state it, as by"
+                " hf.ModelLoss(weight='examples'), 'tokens', 'next tokens', or a function of the"
+                " batch"
+            )
         if weight is not None:
             averaged = replace(averaged, weight=weight, source=STATED, may_break_on_nothing=True)
         return replace(averaged, outputs=produced, classified=observer.classified)
@@ -155,6 +161,15 @@ class MeanLoss:
             counted = weight
         ignore_index = setting(self.loss_fn, "ignore_index")
         return Averaged(result, weight, EXAMPLES, ignore_index, counted=counted)
+
+
+def _is_compiled(outputs: Any) -> bool:
+    """Return whether these are a model, in place of outputs, of which a part is compiled."""
+    if not isinstance(outputs, nn.Module):
+        return False
+    modules = [vars(module) for module in outputs.modules()]
+    in_place = any(held.get("_compiled_call_impl") is not None for held in modules)
+    return in_place or any("_orig_mod" in held["_modules"] for held in modules)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:

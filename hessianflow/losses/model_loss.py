@@ -2,12 +2,42 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
+from hessianflow.batches import num_examples
+from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.losses.weights import IGNORE_INDEX, as_weight
 from hessianflow.structure import article, is_list, is_plain, tensors_in
+
+CountedAs = Literal["examples", "tokens", "next tokens"]
+
+
+def _next_tokens(batch: Any) -> Tensor:
+    return (_labels(batch)[..., 1:] != IGNORE_INDEX).sum()
+
+
+def _tokens(batch: Any) -> Tensor:
+    return (_labels(batch) != IGNORE_INDEX).sum()
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = _member(batch, "labels")
+    if not isinstance(labels, Tensor):
+        raise HessianFlowError(
+            f"ModelLoss: tokens are counted in the entry 'labels', which {article(batch)} does not"
+            " hold as a tensor: pass weight=function"
+        )
+    return labels
+
+
+_COUNTS: dict[str, Callable[[Any], Any]] = {
+    "examples": num_examples,
+    "tokens": _tokens,
+    "next tokens": _next_tokens,
+}
 
 
 class ModelLoss(nn.Module):
@@ -21,9 +51,12 @@ class ModelLoss(nn.Module):
         function: function(model, batch), which returns a mean as a scalar, a pair (sum, count), or
             an object (or mapping) with `loss`, and with `logits` where they are wanted. None:
             model(**batch), without entries that are text.
-        weight: returns the divisor of that mean for a batch: a number or a scalar tensor, at least
-            0. None: it is observed (:mod:`hessianflow.losses`); for a language model that is the
-            number of tokens that count. A stated weight is not checked.
+        weight: the divisor of that mean. "examples": their number. "tokens": the entries of
+            'labels' that are not -100; "next tokens": those without the first of each example,
+            which a causal language model does not predict. Or a function of the batch that returns
+            a number or a scalar tensor, at least 0. None: it is observed
+            (:mod:`hessianflow.losses`), which finds it in the losses of transformers. A stated
+            weight is not checked.
         outputs: picks the outputs, one tensor, from the object that `function` returns, for
             Gauss-Newton matrices and metrics. None: `logits`.
 
@@ -42,10 +75,13 @@ class ModelLoss(nn.Module):
         self,
         function: Callable[[Any, Any], Any] | None = None,
         *,
-        weight: Callable[[Any], Any] | None = None,
+        weight: Callable[[Any], Any] | CountedAs | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(weight, str):
+            check_choice("ModelLoss: weight", weight, get_args(CountedAs))
+            weight = _COUNTS[weight]
         for name, value in (("function", function), ("weight", weight), ("outputs", outputs)):
             if value is not None and not callable(value):
                 raise HessianFlowError(
@@ -65,14 +101,15 @@ class ModelLoss(nn.Module):
         """Return the divisor that the user states for a batch; None: it is to be observed."""
         if self.weight is None:
             return None
-        weight = self.weight(batch)
-        is_scalar = isinstance(weight, Tensor) and weight.ndim == 0
-        if not is_scalar and not isinstance(weight, (int, float)):
+        weight: int | float | Tensor = self.weight(batch)
+        if isinstance(weight, Tensor) and weight.ndim == 0:
+            return as_weight(weight)
+        if not isinstance(weight, (int, float)):
             raise HessianFlowError(
                 f"ModelLoss: weight must return a number or a scalar tensor, got {_shown(weight)}:"
                 " return the sum over the batch"
             )
-        return weight  # type: ignore[no-any-return]
+        return weight
 
 
 class Returned(NamedTuple):

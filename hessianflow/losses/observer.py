@@ -89,6 +89,8 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # The compiler traces this method with stand-ins, too.
+            return result
         # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.
         if type(result) is Tensor and (func in _LOSSES or (func in _SCALARS and result.ndim == 0)):
             arguments = dict(zip(_names(func), args, strict=False)) | kwargs
