@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
-from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.weights import IGNORE_INDEX, as_weight
 from hessianflow.structure import article, is_list, is_plain, tensors_in
@@ -80,7 +79,11 @@ class ModelLoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(weight, str):
-            check_choice("ModelLoss: weight", weight, get_args(CountedAs))
+            if weight not in _COUNTS:
+                raise HessianFlowError(
+                    f"ModelLoss: weight must be one of {', '.join(map(repr, _COUNTS))} or a"
+                    f" function of the batch, got {weight!r}"
+                )
             weight = _COUNTS[weight]
         for name, value in (("function", function), ("weight", weight), ("outputs", outputs)):
             if value is not None and not callable(value):
