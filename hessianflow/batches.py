@@ -51,12 +51,14 @@ def num_examples(batch: Any) -> int:
         HessianFlowError: there is no tensor with a dimension, or there are several first dimensions
             and no targets to decide between them.
     """
-    if is_list(batch) and not batch:
-        return 0
+    decisive = batch
     has_targets = is_pair(batch)
-    decisive = batch[1] if has_targets else batch
+    if has_targets:
+        decisive = batch[1]
     if isinstance(decisive, Tensor) and decisive.ndim > 0:
         return int(decisive.shape[0])
+    if is_list(batch) and not batch:
+        return 0
     counts = row_counts(batch)
     if has_targets:
         inputs, targets = (row_counts(part) for part in batch)
