@@ -49,10 +49,11 @@ class ModelOperator(Operator):
         model: any module; DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         loss_fn: loss_fn(outputs, targets). Losses of any reduction (mean, sum, (sum, count), one
             for each example) are averaged over the targets that count; a sum must say so by a
-            `reduction` attribute. For a dict batch it is called as loss_fn(model, batch).
-        data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader
-            without random augmentation), told apart as by `batches.as_batches`. The model is called
-            as model(inputs).
+            `reduction` attribute. For a dict batch, and as hf.ModelLoss, it is called as
+            loss_fn(model, batch); hf.ModelLoss() is the model's own loss.
+        data: one pair (inputs, targets), one mapping or dataclass, or a re-iterable of them (a
+            list, a DataLoader without random augmentation), told apart as by `batches.as_batches`.
+            For a pair the model is called as model(inputs).
         params: trainable parameters to differentiate by: None for all, name patterns ("layer1",
             "*.bias"), or tensors.
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import hessianflow as hf
 from hessianflow.curvature import FisherOperator, GGNOperator, HessianOperator, noise_scale
-from hessianflow.training import Passes, Reporting, evaluate
+from hessianflow.training import AfterEpoch, Metrics, Passes, Reporting, evaluate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside the library
@@ -292,6 +292,25 @@ def test_a_pair_and_a_loss_of_torch_with_the_output_of_a_model() -> None:
     of_pair = GGNOperator(model, loss, pair) @ vector
     of_dict = GGNOperator(model, hf.ModelLoss(), whole) @ vector
     torch.testing.assert_close(of_pair, of_dict, rtol=1e-5, atol=1e-8)
+
+
+def test_a_metric_of_torchmetrics_is_recorded_after_the_epoch() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = pytest.importorskip(
+            "torchmetrics.classification", reason="torchmetrics is not installed"
+        )
+    model = built("bert")
+    f1 = kinds.MulticlassF1Score(num_classes=3, average="macro")
+    held_out = DataLoader(items("bert"), batch_size=5)
+    watch = Metrics(model, held_out, hf.ModelLoss(), {"f1": f1})
+    data = hf.data.AdaptiveBatches(items("bert"), 8)
+    history = trained(model, data, after_epoch=AfterEpoch(measurements=[watch]))
+    (record,) = [row for row in history.records if row["kind"] == "metrics"]
+    whole = default_collate(items("bert"))
+    f1.reset()
+    expected = f1(model.eval()(**whole).logits, whole["labels"])
+    assert record["f1"] == pytest.approx(float(expected))
 
 
 def test_a_model_without_labels_says_so() -> None:
