@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         training,
     )
     from hessianflow.interfaces import CurvatureReading, Decision, HessianFlowError, Progress
-    from hessianflow.losses import WeightedLoss
+    from hessianflow.losses import ModelLoss, WeightedLoss
     from hessianflow.monitoring import monitor
     from hessianflow.runs.history import History
     from hessianflow.training.trainer import AdaptiveBatchTrainer
@@ -40,6 +40,7 @@ __all__ = [
     "Decision",
     "HessianFlowError",
     "History",
+    "ModelLoss",
     "Progress",
     "WeightedLoss",
     "adversarial",
@@ -63,6 +64,7 @@ __all__ = [
 _CLASSES = {
     "AdaptiveBatchTrainer": "hessianflow.training.trainer",
     "History": "hessianflow.runs.history",
+    "ModelLoss": "hessianflow.losses",
     "WeightedLoss": "hessianflow.losses",
     "monitor": "hessianflow.monitoring",
     **dict.fromkeys(

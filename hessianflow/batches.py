@@ -1,8 +1,9 @@
 """Functions that move, count and cut batches. Sizes are in examples.
 
-A batch is a pair (inputs, targets) or one mapping. Its parts are tensors, and mappings (a dict, a
-`UserDict`, the output of a tokenizer), dataclasses, named tuples, lists and tuples of parts. A cut
-treats them as follows:
+A batch is a pair (inputs, targets), or one mapping or dataclass for a loss that runs the model
+(:mod:`hessianflow.losses.batch_loss`). Its parts are tensors, and mappings (a dict, a `UserDict`,
+the output of a tokenizer, a TensorDict), dataclasses, named tuples, lists and tuples of parts. A
+cut treats them as follows:
 
 - A tensor or an array whose first dimension is the number of examples is cut, and so is a list or
   tuple with one entry for each example. A mapping, dataclass or named tuple, and a list or tuple of
@@ -12,6 +13,7 @@ treats them as follows:
 - Anything else might be either, and is refused by name.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +31,7 @@ from hessianflow.structure import (
     entries,
     entry_names,
     is_list,
+    is_named_tuple,
     is_plain,
     mapped,
     reading,
@@ -48,14 +51,16 @@ def num_examples(batch: Any) -> int:
         HessianFlowError: there is no tensor with a dimension, or there are several first dimensions
             and no targets to decide between them.
     """
-    if is_list(batch) and not batch:
-        return 0
-    is_pair = is_list(batch) and len(batch) == 2
-    decisive = batch[1] if is_pair else batch
+    decisive = batch
+    has_targets = is_pair(batch)
+    if has_targets:
+        decisive = batch[1]
     if isinstance(decisive, Tensor) and decisive.ndim > 0:
         return int(decisive.shape[0])
+    if is_list(batch) and not batch:
+        return 0
     counts = row_counts(batch)
-    if is_pair:
+    if has_targets:
         inputs, targets = (row_counts(part) for part in batch)
         counts = targets or inputs or counts
         if len(counts) > 1:
@@ -153,11 +158,11 @@ def take_rows(part: Any, rows: slice | Tensor, total: int, name: str = "") -> An
             f"{name or 'batch'} is {article(part)}, whose rows are not known: it cannot be cut into"
             " parts; use tensors in dicts, or leave the batch in one piece"
         )
-    is_pair = not name and is_list(part) and len(part) == 2
-    if not is_pair and is_list(part) and _is_one_an_example(part, total, name):
+    has_targets = not name and is_pair(part)
+    if not has_targets and is_list(part) and _is_one_an_example(part, total, name):
         return type(part)(values[number] for number in _numbers(rows, total))
     names = ["inputs", "targets"]
-    if not is_pair:
+    if not has_targets:
         names = [(name or "batch") + entry for entry in entry_names(part)]
     return rebuilt(part, [take_rows(v, rows, total, n) for v, n in zip(values, names, strict=True)])
 
@@ -229,7 +234,9 @@ def as_batches(data: Any) -> Iterable[Any]:
     Raises:
         HessianFlowError: the data are a tensor, tensors that are no pair, or single examples.
     """
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) or (is_named_tuple(data) and not is_pair(data)):
+        return [data]
+    if dataclasses.is_dataclass(data) and not isinstance(data, (type, Iterable)):
         return [data]
     if isinstance(data, (tuple, list)) and len(data) == 2:
         first, second = data
@@ -252,17 +259,23 @@ def as_batches(data: Any) -> Iterable[Any]:
     return data  # type: ignore[no-any-return]
 
 
+def is_pair(batch: Any) -> bool:
+    """Return whether a batch is a pair (inputs, targets): a list or tuple of two."""
+    return isinstance(batch, (list, tuple)) and len(batch) == 2
+
+
 def as_pair(batch: Any) -> Batch:
     """Return a batch as (inputs, targets).
 
     Raises:
         HessianFlowError: the batch is not a pair.
     """
-    if is_list(batch) and len(batch) == 2:
+    if is_pair(batch):
         return batch[0], batch[1]
     raise HessianFlowError(
         f"a batch must be a pair (inputs, targets), got {described(batch)}: let each item of the"
-        " data set, or the result of collate_fn, be (inputs, targets); either may be a dict"
+        " data set, or the result of collate_fn, be (inputs, targets); either may be a dict; or"
+        " pass a loss of model and batch, such as hf.ModelLoss()"
     )
 
 

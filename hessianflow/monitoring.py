@@ -61,8 +61,9 @@ def monitor(
 
     Args:
         model: the model; wrappers are removed.
-        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch. Whatever its
-            reduction, the mean over examples is measured: train with the mean, too.
+        loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a dict batch; the model's
+            own is hf.ModelLoss(). Whatever its reduction, the mean over examples is measured: train
+            with the mean, too.
         batch: 64 to 512 examples, best the same ones each time: a pair (inputs, targets) or a dict.
         optimizer: the one that trains, of any kind.
         seconds: time to spend. The first figure, one product, is measured in any case and tells the

@@ -42,7 +42,7 @@ def entries(part: Any) -> list[Any] | None:
 def entry_names(part: Any) -> list[str]:
     """Return the names of entries, in order, as in code: "['mask']", "[0]" or ".boxes"."""
     if isinstance(part, Mapping):
-        return [f"[{key!r}]" for key in part]
+        return [f"[{key!r}]" for key in part.keys()]  # noqa: SIM118 (a TensorDict iterates rows)
     if is_named_tuple(part):
         return [f".{field}" for field in part._fields]
     if isinstance(part, (list, tuple)):
@@ -121,7 +121,7 @@ def row_counts(part: Any, *, lists: bool = False) -> set[int]:
         return {int(length) for length in part.shape[:1]}
     if isinstance(part, Mapping):
         for name in TARGET_NAMES:
-            if name in part and row_counts(part[name], lists=lists):
+            if name in part.keys() and row_counts(part[name], lists=lists):  # noqa: SIM118
                 return row_counts(part[name], lists=lists)
     counts = set().union(*(row_counts(value, lists=lists) for value in entries(part) or ()))
     if not is_list(part) or not part:
@@ -174,7 +174,7 @@ def described(value: Any) -> str:
 
 
 def _rebuilt_mapping(part: Mapping[Any, Any], values: Sequence[Any]) -> Any:
-    plain = dict(zip(part, values, strict=True))
+    plain = dict(zip(part.keys(), values, strict=True))
     if not isinstance(part, (dict, UserDict)):
         return plain  # a shallow copy of another class may share its entries with the original
     try:

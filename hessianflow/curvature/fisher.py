@@ -13,11 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import take_rows
+from hessianflow.batches import num_examples, take_rows
 from hessianflow.checks import check_choice
 from hessianflow.curvature.derivatives import inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.ggn import KeptJacobian, PairOperator
+from hessianflow.curvature.measurable import uses_batch_statistics
 from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.selection import Selection
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
@@ -75,22 +76,22 @@ class FisherOperator(PairOperator):
         self._seed = seed
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = self._forward(model, batch)
-        averaged = self._average(outputs, targets)
-        loss = averaged.value.detach()
-        weight = float(averaged.weight)
+        forwarded = self._forwarded(model, batch)
+        loss = forwarded.averaged.value.detach()
+        weight = float(forwarded.averaged.weight)
         if weight == 0:
             return Piece(loss, 0.0, torch.zeros_like)
         # The rows of the matrix are the examples, however the data are cut.
-        self._check_split(outputs, targets)
+        self._check_split(*forwarded.arguments)
         # The weights are those of the data's own targets, also for drawn labels: an ignored example
         # stays ignored, and the mean is that of the Gauss-Newton matrix.
-        examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
+        outputs, targets = forwarded.arguments
+        examples = self._example_losses(outputs, targets)
         weights = [float(example.weight) for example in examples]
         if self._labels == "model":
-            targets = self._sampled(outputs.detach(), targets, batch)
-            examples = [self._example_loss(outputs, targets, n) for n in range(len(outputs))]
-        counted = [n for n in range(len(outputs)) if weights[n] > 0]
+            targets = self._sampled(outputs, targets, batch)
+            examples = self._example_losses(outputs, targets)
+        counted = [n for n in range(len(examples)) if weights[n] > 0]
         losses = torch.stack([examples[n].value for n in counted])
         check_finite(losses)
         factors = losses.new_tensor([weights[n] for n in counted])
@@ -110,16 +111,33 @@ class FisherOperator(PairOperator):
 
         return Piece(loss, weight, product, claims, graph, jacobian.missing)
 
-    def _example_loss(self, outputs: Tensor, targets: Any, n: int) -> Averaged:
-        target = take_rows(targets, slice(n, n + 1), len(outputs), "targets")
-        return self._loss(outputs[n : n + 1], target)
+    def _example_losses(self, outputs: Any, targets: Any) -> list[Averaged]:
+        """Return the loss of each example, with its graph.
 
-    def _sampled(self, outputs: Tensor, targets: Any, batch: Any) -> Tensor:
+        A loss that runs the model is given the model and the batch, and runs each example alone.
+        """
+        if not isinstance(outputs, nn.Module):
+            total = len(outputs)
+            rows = [slice(n, n + 1) for n in range(total)]
+            pairs = [(outputs[one], take_rows(targets, one, total, "targets")) for one in rows]
+            return [self._loss.mean(*pair) for pair in pairs]
+        if uses_batch_statistics(outputs, self.norm_mode):
+            raise HessianFlowError(
+                "FisherOperator runs each example alone for a loss that runs the model, and a layer"
+                ' normalises by the batch: use norm_mode="eval", or pairs (inputs, targets)'
+            )
+        total = num_examples(targets)
+        examples = [take_rows(targets, slice(n, n + 1), total) for n in range(total)]
+        return [self._loss.mean(outputs, one) for one in examples]
+
+    def _sampled(self, outputs: Any, targets: Any, batch: Any) -> Tensor:
         are_classes = isinstance(targets, Tensor) and not targets.is_floating_point()
-        if not are_classes or outputs.ndim != 2 or targets.ndim != 1:
+        are_scores = isinstance(outputs, Tensor) and outputs.ndim == 2
+        if not are_scores or not are_classes or targets.ndim != 1:
             raise HessianFlowError(
                 "labels='model' needs outputs [N, classes] and class indices [N]; use labels='data'"
             )
+        outputs = outputs.detach()
         draws = draws_by_content(batch, len(outputs), self._seed)
         cumulative = torch.softmax(outputs.double(), dim=1).cumsum(dim=1)
         labels = torch.searchsorted(cumulative, draws[:, None]).squeeze(1)

@@ -1,6 +1,6 @@
 """The data of an operator, as the pieces that its model is run on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from hessianflow.batches import map_tensors, num_examples, split, to_device
 from hessianflow.curvature.cut_check import check_cut
 from hessianflow.curvature.selection import batches_of, checked_batches, single_batch
 from hessianflow.curvature.vectors import usable_in_graph
-from hessianflow.losses import MeanLoss
+from hessianflow.losses import BatchLoss
 
 
 class ForwardedData:
@@ -22,7 +22,7 @@ class ForwardedData:
     """
 
     def __init__(
-        self, data: Any, microbatch_size: int | None, device: torch.device, loss: MeanLoss
+        self, data: Any, microbatch_size: int | None, device: torch.device, loss: BatchLoss
     ) -> None:
         self._batches = batches_of(data)
         self.single = single_batch(self._batches)
@@ -48,7 +48,7 @@ class ForwardedData:
         for batch in checked_batches(self._batches):
             if model is not None and not self._is_cut_checked and not self._fits(batch):
                 self._is_cut_checked = True
-                if not isinstance(batch, Mapping):
+                if self._loss.takes_pair(batch):
                     check_cut(model, batch, self._local)
             for piece in split(batch, self._microbatch_size):
                 local = self._local(piece)
@@ -57,10 +57,7 @@ class ForwardedData:
 
     def weight_ahead(self, batch: Any) -> float | None:
         """Return the weight of a batch if its targets tell it, else None."""
-        targets = batch
-        if not isinstance(batch, Mapping):
-            targets = batch[1]
-        weight = self._loss.weight_ahead(targets)
+        weight = self._loss.weight_ahead(batch)
         if weight is None:
             return None
         # The host waits for a weight on the device: a piece of weight 0 must not be forwarded.

@@ -5,54 +5,69 @@ without the curvature of the network itself. It is positive semi-definite for a 
 the cross-entropy it equals the Fisher information.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from hessianflow.batches import is_pair
 from hessianflow.curvature.derivatives import check_reached, inspect_graph
 from hessianflow.curvature.differences import Linearised, Vectors
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.pieces import Piece, check_finite
 from hessianflow.curvature.vectors import flatten, unflatten
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.losses import Averaged
+from hessianflow.losses import Forwarded
+from hessianflow.losses.model_loss import logits_of
+from hessianflow.structure import article
 
 
 class PairOperator(ModelOperator):
-    """A matrix that needs loss and network apart, and so pairs and outputs of one tensor."""
+    """A matrix that needs loss and network apart, and so outputs of one tensor."""
 
-    def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
-        return self._average(*self._forward(model, batch))
+    def _run(self, model: nn.Module, batch: Any) -> Forwarded:
+        if self._loss.mean.is_known and not is_pair(batch):
+            raise self._without_outputs(batch)
+        if self._loss.takes_pair(batch):
+            made = model(batch[0])
+            # A loss may not take what is no tensor, so that is refused before it is called.
+            self._check_outputs(logits_of(made))
+            return self._loss.of_outputs(made, batch[1])
+        forwarded = self._loss(model, batch)
+        if forwarded.outputs is None:
+            raise self._without_outputs(batch)
+        self._check_outputs(forwarded.outputs)
+        return forwarded
 
-    def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        """Return the outputs and the targets of a pair, or raise HessianFlowError."""
-        name = type(self).__name__
-        if isinstance(batch, Mapping):
-            raise HessianFlowError(
-                f"{name} needs pairs (inputs, targets), got a dict; HessianOperator takes dicts"
-            )
-        outputs = model(batch[0])
+    def _without_outputs(self, batch: Any) -> HessianFlowError:
+        return HessianFlowError(
+            f"{type(self).__name__} needs pairs (inputs, targets), got {article(batch)} whose loss"
+            " returns no outputs; let the loss return an object with loss and logits, as models of"
+            " transformers do, or name them: hf.ModelLoss(function, outputs=...)"
+        )
+
+    def _check_outputs(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or not outputs.requires_grad:
             raise HessianFlowError(
-                f"{name} needs a model that returns one tensor depending on the selected"
-                f" parameters, got {type(outputs).__name__}; wrap the model"
+                f"{type(self).__name__} needs a model that returns one tensor depending on the"
+                f" selected parameters, got {type(outputs).__name__}; wrap the model"
             )
-        return outputs, batch[1]
 
 
 class GGNOperator(PairOperator):
     """The generalized Gauss-Newton matrix of the mean loss.
 
     Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The
-    data must be pairs, and the model must return one tensor.
+    outputs are one tensor that the loss depends on: what the model returns for the inputs of a
+    pair, its `logits`, or what a loss that runs the model returns beside the loss.
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
-        outputs, targets = self._forward(model, batch)
-        averaged = self._average(outputs, targets)
+        forwarded = self._forwarded(model, batch)
+        averaged = forwarded.averaged
+        outputs: Tensor = forwarded.outputs
         loss = averaged.value
         weight = float(averaged.weight)
         if weight == 0:

@@ -16,7 +16,7 @@ parameters and modules are set aside: they belong to the training step, not to t
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from hessianflow.curvature.staleness import Snapshot
 from hessianflow.curvature.surroundings import differentiating, full_precision, without_hooks
 from hessianflow.curvature.vectors import flatten, usable_in_graph, vector_dtype
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
-from hessianflow.losses import Averaged, MeanLoss, SplitCheck
+from hessianflow.losses import Averaged, BatchLoss, Forwarded, SplitCheck
 from hessianflow.measuring import measuring, unwrap
 from hessianflow.normalisation.statistics import compared_losses, moving_layers
 
@@ -49,10 +49,11 @@ class ModelOperator(Operator):
         model: any module; DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         loss_fn: loss_fn(outputs, targets). Losses of any reduction (mean, sum, (sum, count), one
             for each example) are averaged over the targets that count; a sum must say so by a
-            `reduction` attribute. For a dict batch it is called as loss_fn(model, batch).
-        data: one pair (inputs, targets), one dict, or a re-iterable of them (a list, a DataLoader
-            without random augmentation), told apart as by `batches.as_batches`. The model is called
-            as model(inputs).
+            `reduction` attribute. For a dict batch, and as hf.ModelLoss, it is called as
+            loss_fn(model, batch); hf.ModelLoss() is the model's own loss.
+        data: one pair (inputs, targets), one mapping or dataclass, or a re-iterable of them (a
+            list, a DataLoader without random augmentation), told apart as by `batches.as_batches`.
+            For a pair the model is called as model(inputs).
         params: trainable parameters to differentiate by: None for all, name patterns ("layer1",
             "*.bias"), or tensors.
         microbatch_size: examples per forward pass; None for whole batches with a kept graph.
@@ -99,8 +100,8 @@ class ModelOperator(Operator):
         check_options(self._model, microbatch_size, norm_mode)
         self.names, self.parameters = select_parameters(self._model, params)
         self.loss_fn = loss_fn
-        self._loss = MeanLoss(loss_fn)
-        self._check_split = SplitCheck(self._loss)
+        self._loss = BatchLoss(loss_fn)
+        self._check_split = SplitCheck(self._loss.mean)
         self.norm_mode = norm_mode
         self.microbatch_size = microbatch_size
         self._checking = ProductCheck(check_product)
@@ -146,7 +147,7 @@ class ModelOperator(Operator):
         Reads the data once, and runs the model on them where only the loss can tell.
         """
         pieces = self._data.pieces()
-        if self._loss.is_known:
+        if self._loss.mean.is_known:
             return sum(self._data.weight_ahead(batch) or 0.0 for batch in pieces)
         with measuring(self._model, self.norm_mode) as inner, full_precision():
             return sum(float(self._averaged(inner, batch).weight) for batch in pieces)
@@ -276,19 +277,21 @@ class ModelOperator(Operator):
 
     def _averaged(self, model: nn.Module, batch: Any) -> Averaged:
         """Return the mean loss of one piece and its weight."""
-        if isinstance(batch, Mapping):
-            return self._average(model, batch)
-        return self._average(model(batch[0]), batch[1])
+        return self._forwarded(model, batch).averaged
 
-    def _average(self, outputs: Any, targets: Any) -> Averaged:
-        """Return the mean loss of a piece (of a model and a dict), and check that pieces add up."""
-        averaged = self._loss(outputs, targets)
+    def _forwarded(self, model: nn.Module, batch: Any) -> Forwarded:
+        """Run one piece, and check that the losses of pieces add up to that of the whole."""
+        forwarded = self._run(model, batch)
         if self.is_part or not self._data.is_one_piece:
+            outputs, targets = forwarded.arguments
             runs_model = isinstance(outputs, nn.Module)
             # A model that normalises by the batch computes another loss of other rows in any case.
             if not (runs_model and uses_batch_statistics(outputs, self.norm_mode)):
                 self._check_split(outputs, targets)
-        return averaged
+        return forwarded
+
+    def _run(self, model: nn.Module, batch: Any) -> Forwarded:
+        return self._loss(model, batch)
 
     def _checked_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
         """Return the mean loss of a piece and its weight; check the loss unless the weight is 0."""

@@ -1,14 +1,14 @@
 """The parameters that an operator acts on, and the batches that it averages over."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from hessianflow.batches import as_batches
+from hessianflow.batches import as_batches, is_pair
 from hessianflow.interfaces import HessianFlowError
-from hessianflow.structure import article
+from hessianflow.structure import article, described, entries, is_list
 
 Selection = str | Iterable[str | Tensor] | Tensor | None
 """All trainable parameters (None), name patterns ("layer1", ["head", "*.bias"]), or the tensors
@@ -115,17 +115,17 @@ def single_batch(batches: Iterable[Any]) -> Any | None:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches; raise HessianFlowError for none, or one neither a pair nor a mapping."""
+    """Yield the batches; raise HessianFlowError for none, or one that is no pair and has no names.
+
+    Names are those of a mapping, a dataclass or a named tuple.
+    """
     empty = True
     for batch in batches:
-        is_sequence = isinstance(batch, (list, tuple))
-        if not isinstance(batch, Mapping) and not (is_sequence and len(batch) == 2):
-            description = article(batch)
-            if is_sequence:
-                description += f" of {len(batch)}"
+        has_names = entries(batch) is not None and not is_list(batch)
+        if not has_names and not is_pair(batch):
             raise HessianFlowError(
                 "each batch must be a pair (inputs, targets) or a dict, got"
-                f" {description}; more than one input or target goes into a dict"
+                f" {described(batch)}; more than one input or target goes into a dict"
             )
         empty = False
         yield batch

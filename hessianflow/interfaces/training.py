@@ -11,11 +11,13 @@ from hessianflow.interfaces.control import Progress, Stateful
 
 Batch = tuple[Any, Any]
 """A pair (inputs, targets). Each is a tensor or a mapping, dataclass, list or tuple of them, see
-:mod:`hessianflow.batches`."""
-LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, int | float | Tensor]]
+:mod:`hessianflow.batches`. A loss that runs the model takes other batches, too."""
+LossFn = Callable[[Any, Any], Any]
 """A function loss_fn(outputs, targets) that returns a mean as a scalar tensor, the pair (sum,
-count), or, if its `reduction` attribute says so, a sum or one value per example.
-:mod:`hessianflow.losses` describes how the divisor of a mean is found."""
+count), or, if its `reduction` attribute says so, a sum or one value per example. For a batch that
+is a mapping or a dataclass, and always as `hf.ModelLoss`, it is called as loss_fn(model, batch),
+and may return an object that holds such a `loss`, and `logits`. :mod:`hessianflow.losses` describes
+how the divisor of a mean is found, and :mod:`hessianflow.losses.batch_loss` both forms."""
 Pending = Callable[[], Tensor]
 """An attack under way. Calling it waits for the adversarial inputs."""
 

@@ -10,7 +10,8 @@ same weights.
 - A loss of torch (a class of :mod:`torch.nn`, or a function of :mod:`torch.nn.functional`) is
   known: cross-entropy and NLL over class indices divide by the weights of the targets that are not
   ignored, the others by the number of examples.
-- A loss may state its weight: it returns (sum, count), or it is wrapped in :class:`WeightedLoss`.
+- A loss may state its weight: it returns (sum, count), or it is wrapped in :class:`WeightedLoss`,
+  or in a :class:`ModelLoss` with a weight.
 - Any other callable is observed while it runs. If it returns the result of one of torch's losses,
   of a mean, or of a sum divided by a count, that operation shows the divisor. If it does not but
   calls a loss of torch exactly once, that call shows it. Otherwise examples are counted.
@@ -19,13 +20,18 @@ An observed divisor is a guess. It is checked where a batch is cut (:class:`Spli
 weighted mean over two parts of some rows must equal the loss of these rows taken together.
 """
 
+from hessianflow.losses.batch_loss import BatchLoss, Forwarded
 from hessianflow.losses.mean import Averaged, MeanLoss, WeightedLoss, mean_loss
+from hessianflow.losses.model_loss import ModelLoss
 from hessianflow.losses.split_check import SplitCheck, untouched
 from hessianflow.losses.weights import Weight, exact_type, weighted
 
 __all__ = [
     "Averaged",
+    "BatchLoss",
+    "Forwarded",
     "MeanLoss",
+    "ModelLoss",
     "SplitCheck",
     "Weight",
     "WeightedLoss",

@@ -1,7 +1,7 @@
 """The mean loss over one batch and its divisor, whatever the loss function returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hessianflow.batches import num_examples
 from hessianflow.interfaces import HessianFlowError, LossFn
+from hessianflow.losses.model_loss import ModelLoss, returned
 from hessianflow.losses.observer import COUNT, Observer
 from hessianflow.losses.weights import (
     Weight,
@@ -32,7 +33,8 @@ class WeightedLoss(nn.Module):
     A stated weight is not checked.
 
     Args:
-        loss_fn: loss_fn(outputs, targets), a mean; for a dict batch, loss_fn(model, batch).
+        loss_fn: loss_fn(outputs, targets), a mean; for a dict batch, or in a
+            :class:`ModelLoss`, loss_fn(model, batch).
         weight: returns the divisor of that mean, for the same two arguments: a number or a scalar
             tensor, at least 0. Where it is 0 the loss does not count, whatever its value.
 
@@ -68,6 +70,9 @@ class Averaged:
     # Whether the gradient may be nan where the weight is 0: not for torch's losses or an empty sum.
     may_break_on_nothing: bool = False
     counted: Weight | None = None  # the number of targets that count, if that is known
+    outputs: Any = None  # of the model, where a loss that ran it returned them
+    # Scores [n, classes, ...] and class indices [n, ...] of the only class loss that was observed.
+    classified: tuple[Tensor, Tensor] | None = None
 
 
 class MeanLoss:
@@ -82,7 +87,12 @@ class MeanLoss:
         self.is_known = is_torchs(loss_fn)
 
     def weight_ahead(self, targets: Any) -> Weight | None:
-        """Return the divisor of the mean over these targets; None if only a call shows it."""
+        """Return the divisor of the mean over these targets; None if only a call shows it.
+
+        For a loss that runs the model these are the batch.
+        """
+        if isinstance(self.loss_fn, ModelLoss):
+            return self.loss_fn.stated(targets)
         if not self.is_known:
             return None
         return known_weight(self.loss_fn, targets)
@@ -100,12 +110,27 @@ class MeanLoss:
             weight: the result of :meth:`weight_ahead` for these targets, if there is one.
 
         Raises:
-            HessianFlowError: the loss returns neither a tensor nor (sum, count).
+            HessianFlowError: the loss returns neither a tensor nor (sum, count) nor an object with
+                such a loss.
         """
         if self.is_known:
             return self._call_of_torch(outputs, targets, weight)
         with Observer() as observer:
-            result: Any = self.loss_fn(outputs, targets)
+            result, produced = returned(self.loss_fn(outputs, targets), self.loss_fn)
+        averaged = self._averaged(result, targets, observer)
+        if weight is None:
+            weight = self.weight_ahead(targets)
+        if weight is None and averaged.source == EXAMPLES and _is_compiled(outputs):
+            raise HessianFlowError(
+                "the compiled model hides what its loss divides by: state it, as by"
+                " hf.ModelLoss(weight='examples'), 'tokens', 'next tokens', or a function of the"
+                " batch"
+            )
+        if weight is not None:
+            averaged = replace(averaged, weight=weight, source=STATED, may_break_on_nothing=True)
+        return replace(averaged, outputs=produced, classified=observer.classified)
+
+    def _averaged(self, result: Any, targets: Any, observer: Observer) -> Averaged:
         if isinstance(result, tuple) and len(result) == 2 and _is_count(result[1]):
             return _divided(*result, isinstance(self.loss_fn, WeightedLoss))
         if not isinstance(result, Tensor):
@@ -136,6 +161,15 @@ class MeanLoss:
             counted = weight
         ignore_index = setting(self.loss_fn, "ignore_index")
         return Averaged(result, weight, EXAMPLES, ignore_index, counted=counted)
+
+
+def _is_compiled(outputs: Any) -> bool:
+    """Return whether these are a model, in place of outputs, of which a part is compiled."""
+    if not isinstance(outputs, nn.Module):
+        return False
+    modules = [vars(module) for module in outputs.modules()]
+    in_place = any(held.get("_compiled_call_impl") is not None for held in modules)
+    return in_place or any("_orig_mod" in held["_modules"] for held in modules)
 
 
 def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:

@@ -89,6 +89,8 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # The compiler traces this method with stand-ins, too.
+            return result
         # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.
         if type(result) is Tensor and (func in _LOSSES or (func in _SCALARS and result.ndim == 0)):
             arguments = dict(zip(_names(func), args, strict=False)) | kwargs
@@ -102,6 +104,15 @@ class Observer(TorchFunctionMode):
         if not losses:
             return None
         return losses[-1].ignore_index
+
+    @property
+    def classified(self) -> tuple[Tensor, Tensor] | None:
+        """Return scores and class indices of the only class loss called, without their graph."""
+        calls = [call for call in self._calls if call.ignore_index is not None]
+        if len(calls) != 1:
+            return None
+        scores: Tensor = calls[0].arguments["input"]
+        return scores.detach(), calls[0].arguments["target"]
 
     def is_sum(self, loss: Tensor) -> bool:
         """Return whether the loss is the result of one of torch's with reduction="sum"."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from hessianflow.batches import map_tensors, num_examples, take_rows
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.losses.mean import EXAMPLES, STATED, Averaged, MeanLoss, WeightedLoss
+from hessianflow.losses.model_loss import ModelLoss
 from hessianflow.losses.weights import mixes_rows
-from hessianflow.measuring import measuring
+from hessianflow.measuring import measuring, unwrap
 from hessianflow.structure import entries, is_list, rebuilt, tensors_in
 
 NO_ROWS = "the outputs have no row for each example, so nothing shows what the mean loss divides by"
@@ -43,7 +45,10 @@ class SplitCheck:
 
     def __init__(self, loss: MeanLoss) -> None:
         self._loss = loss
-        self._is_needless = loss.is_known or isinstance(loss.loss_fn, WeightedLoss)
+        is_stated = isinstance(loss.loss_fn, WeightedLoss)
+        if isinstance(loss.loss_fn, ModelLoss):
+            is_stated = loss.loss_fn.weight is not None
+        self._is_needless = loss.is_known or is_stated
         self._parts = 0
         self._next = 1
         self._kept: tuple[Any, Any] | None = None
@@ -73,7 +78,9 @@ class SplitCheck:
         if self._kept is None and not is_time:
             return
         outputs = map_tensors(Tensor.detach, outputs)
-        with untouched(self._loss.loss_fn):
+        with untouched(self._loss.loss_fn), _repeatable(outputs):
+            if isinstance(outputs, nn.Module):
+                outputs = unwrap(outputs)
             if self._kept is not None:
                 self._compare_kept(*self._kept, outputs, targets)
                 self._kept = None
@@ -84,7 +91,7 @@ class SplitCheck:
     def _check(self, outputs: Any, targets: Any) -> None:
         rows = num_examples(targets)
         cut = rows // 3 or 1  # parts of equal size would hide a weight that ought to differ
-        whole = self._loss(outputs, targets)
+        whole = self._averaged(outputs, targets)
         first = _rows(outputs, targets, slice(0, cut), rows)
         if first is None:
             if whole.source == EXAMPLES:
@@ -109,7 +116,7 @@ class SplitCheck:
         try:
             joined = _joined(before, later[0], kept, taken)
             pair = joined, _joined(targets_before, later[1], kept, taken)
-            whole = self._loss(*pair)
+            whole = self._averaged(*pair)
         # Parts may have different lengths, and a loss may ask anything of rows that it takes
         # together.
         except Exception:
@@ -125,7 +132,7 @@ class SplitCheck:
             if pair is None:
                 return
             try:
-                parts.append(self._loss(*pair))
+                parts.append(self._averaged(*pair))
             # A loss may raise anything for fewer rows than it was made for.
             except Exception as error:
                 raise HessianFlowError(
@@ -140,7 +147,7 @@ class SplitCheck:
         value = float(whole.value.detach())
         mean, scale = _mean(counting)
         dtype = whole.value.dtype
-        tolerance = _tolerance(dtype) * max(scale, abs(value), torch.finfo(dtype).tiny)
+        tolerance = _tolerance(dtype, outputs) * max(scale, abs(value), torch.finfo(dtype).tiny)
         # A whole that is not finite shows divergence, not weights. A single part that is not finite
         # fails below.
         if not math.isfinite(value):
@@ -150,13 +157,26 @@ class SplitCheck:
             if spread < ALIKE * abs(value):
                 self._compare_slopes(outputs, targets, spans)
             return
-        again = float(self._loss(outputs, targets).value.detach())
+        again = float(self._averaged(outputs, targets).value.detach())
         if not abs(again - value) <= tolerance:
             return  # a random loss differs from itself: the comparison shows nothing
         raise HessianFlowError(
             f"the loss of {rows} examples is {value:.6g}, but {mean:.6g} as the mean over parts of"
             f" {cut} and {rows - cut} of them, weighted by {whole.source}: {WAY_OUT}"
         )
+
+    def _averaged(self, outputs: Any, targets: Any) -> Averaged:
+        """Return the loss; if it runs the model, without a graph, which could exceed the memory."""
+        if not isinstance(outputs, nn.Module):
+            return self._loss(outputs, targets)
+        try:
+            with torch.no_grad():
+                return self._loss(outputs, targets)
+        except RuntimeError as error:
+            if "require grad" not in str(error):
+                raise
+        averaged = self._loss(outputs, targets)  # which itself differentiates
+        return replace(averaged, value=averaged.value.detach(), outputs=None)
 
     def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
         """Compare the gradients by the outputs.
@@ -204,12 +224,16 @@ def _mean(parts: list[Averaged]) -> tuple[float, float]:
     return total / sum(weights), max(0.0, *map(abs, values))
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def _tolerance(dtype: torch.dtype, outputs: Any) -> float:
     """Return the relative difference that rounding explains: a thousand roundings of a sum.
 
-    In 16 bits a thousand roundings would exceed the value itself; four are allowed there.
+    In 16 bits a thousand roundings would exceed the value itself; four are allowed there. A model
+    in place of the outputs rounds as its weights do.
     """
     eps = torch.finfo(dtype).eps
+    if isinstance(outputs, nn.Module):
+        of_weights = (p.dtype for p in outputs.parameters() if p.is_floating_point())
+        eps = max(eps, *(torch.finfo(one).eps for one in of_weights))
     return max(4 * eps, min(1e-4, 1024 * eps))
 
 
@@ -252,6 +276,17 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
         raise ValueError("one entry may be one example")
     parts = [_joined(one, other, rows, others) for one, other in zip(ahead, behind, strict=True)]
     return rebuilt(second, parts)
+
+
+@contextmanager
+def _repeatable(outputs: Any) -> Iterator[None]:
+    """Let a model in place of the outputs run without noise, rounding to 16 bits or a trace."""
+    if not isinstance(outputs, nn.Module):
+        yield
+        return
+    device = next(outputs.parameters()).device.type
+    with measuring(outputs), torch.autocast(device, enabled=False):
+        yield
 
 
 @contextmanager

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessianflow.batches import as_batches, as_pair, to_device
-from hessianflow.interfaces import Batch, HessianFlowError
+from hessianflow.interfaces import Batch, HessianFlowError, LossFn
+from hessianflow.losses import BatchLoss
 from hessianflow.measuring import measuring
 from hessianflow.normalisation.statistics import moving_layers
 
 
-def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
+def recalibrate(
+    model: nn.Module, data: Batch | Iterable[Batch], loss_fn: LossFn | None = None
+) -> None:
     """Replace running means and variances by the averages over the batches of `data`.
 
     The forward passes normalise by the batch, while everything else (dropout) is in evaluation
@@ -23,7 +26,9 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
 
     Args:
         model: the model, wrapped or not.
-        data: one (inputs, targets) pair or an iterable of pairs, of equal size as in training.
+        data: one (inputs, targets) pair or an iterable of pairs, of equal size as in training. With
+            a `loss_fn` they may be batches of any form.
+        loss_fn: runs the model on batches that are no pairs, as loss_fn(model, batch).
 
     Raises:
         HessianFlowError: there is no batch.
@@ -32,11 +37,17 @@ def recalibrate(model: nn.Module, data: Batch | Iterable[Batch]) -> None:
     if not layers:
         return
     device = next(model.parameters()).device
+    loss = None
+    if loss_fn is not None:
+        loss = BatchLoss(loss_fn)
     batches = 0
     with measuring(model) as inner, torch.no_grad(), _averaging(layers):
         for batch in as_batches(data):
-            inputs, _ = as_pair(batch)
-            inner(to_device(inputs, device))
+            if loss is None or loss.takes_pair(batch):
+                inputs, _ = as_pair(batch)
+                inner(to_device(inputs, device))
+            else:
+                loss(inner, to_device(batch, device))
             batches += 1
         if batches == 0:
             raise HessianFlowError("recalibration needs at least one batch, got none")

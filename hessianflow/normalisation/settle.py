@@ -7,7 +7,7 @@ from torch import nn
 
 from hessianflow.batches import num_examples, split
 from hessianflow.interfaces import Batch, LossFn, World
-from hessianflow.losses import MeanLoss
+from hessianflow.losses import BatchLoss
 from hessianflow.normalisation.recalibrate import recalibrate
 from hessianflow.normalisation.statistics import compared_losses, is_unsettled, moving_layers
 
@@ -42,12 +42,12 @@ def settle(
     if passes == 0:
         return ""
     # The host waits for the device here, once an epoch.
-    running, own, weight = compared_losses(model, microbatches[0], MeanLoss(loss_fn), layers)
+    running, own, weight = compared_losses(model, microbatches[0], BatchLoss(loss_fn), layers)
     sums = torch.tensor([running * weight, own * weight, weight], dtype=torch.float64)
     running, own, weight = world.sum(sums).tolist()
     if weight == 0 or not is_unsettled(running / weight, own / weight, usual_loss):
         return ""
-    recalibrate(model, microbatches[:passes])
+    recalibrate(model, microbatches[:passes], loss_fn)
     world.average_buffers()
     return (
         "the running statistics of batch normalisation had not settled (loss"

@@ -8,7 +8,7 @@ Hessian eigenvalue was 8e7 before and 87 after the statistics were measured agai
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessianflow.batches import num_examples, take_rows
-from hessianflow.losses import Averaged, MeanLoss, untouched
+from hessianflow.losses import BatchLoss, untouched
 from hessianflow.measuring import measuring, unwrap
 
 UNSETTLED = 1.5
@@ -45,13 +45,13 @@ def moving_layers(model: nn.Module) -> list[_BatchNorm]:
 
 
 def compared_losses(
-    model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
+    model: nn.Module, batch: Any, batch_loss: BatchLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
     """Return the loss of some examples under running statistics, under their own, and the divisor.
 
-    The model runs in evaluation mode and is restored. Up to ROWS examples of the batch, a pair or a
-    dict on the model's device, are forwarded twice, or the whole batch if the model cannot run on
-    fewer or the loss needs gradients. `layers` are the :func:`moving_layers`. All numbers are 0 if
+    The model runs in evaluation mode and is restored. Up to ROWS examples of the batch, which is
+    on the model's device, are forwarded twice, or the whole batch if the model cannot run on fewer
+    or the loss needs gradients. `layers` are the :func:`moving_layers`. All numbers are 0 if
     no target counts, or for a single example, which has no statistics of its own.
     """
     total = num_examples(batch)
@@ -61,36 +61,30 @@ def compared_losses(
         # The examples are spread over the batch, because data may be sorted by class.
         few = take_rows(batch, slice(0, None, -(-total // ROWS)), total)
         with torch.no_grad():
-            return _both(model, few, mean_loss, layers)
+            return _both(model, few, batch_loss, layers)
     # A model may raise anything on a batch that it was not made for.
     except Exception:
-        return _both(model, batch, mean_loss, layers)
+        return _both(model, batch, batch_loss, layers)
 
 
 def _both(
-    model: nn.Module, batch: Any, mean_loss: MeanLoss, layers: Sequence[_BatchNorm]
+    model: nn.Module, batch: Any, batch_loss: BatchLoss, layers: Sequence[_BatchNorm]
 ) -> tuple[float, float, float]:
     is_graph_wanted = torch.is_grad_enabled()
     with (
         measuring(model) as inner,
-        untouched(mean_loss.loss_fn),
+        untouched(batch_loss.loss_fn),
         torch.set_grad_enabled(is_graph_wanted),
     ):
-        running = _averaged(inner, batch, mean_loss)
+        running = batch_loss(inner, batch).averaged
         for layer in layers:  # measuring puts both flags back
             layer.training = True
             layer.track_running_stats = False
-        own = _averaged(inner, batch, mean_loss)
+        own = batch_loss(inner, batch).averaged
     weight = float(own.weight)
     if weight == 0:
         return 0.0, 0.0, 0.0
     return float(running.value.detach()), float(own.value.detach()), weight
-
-
-def _averaged(model: nn.Module, batch: Any, mean_loss: MeanLoss) -> Averaged:
-    if isinstance(batch, Mapping):
-        return mean_loss(model, batch)
-    return mean_loss(model(batch[0]), batch[1])
 
 
 def is_unsettled(running: float, own: float, scale: float = 0.0) -> bool:

@@ -6,6 +6,7 @@ from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
 from hessianflow.training.extent import Every
+from hessianflow.training.metrics import Metrics
 from hessianflow.training.progressive import ProgressiveResize, check_resolutions
 from hessianflow.training.reporting import Reporting
 from hessianflow.training.saving import Checkpoints
@@ -24,6 +25,7 @@ __all__ = [
     "Every",
     "History",
     "LogSink",
+    "Metrics",
     "Passes",
     "ProgressiveResize",
     "Reporting",

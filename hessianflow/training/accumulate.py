@@ -27,7 +27,8 @@ from hessianflow.interfaces import (
     StepResult,
     World,
 )
-from hessianflow.losses import Averaged, MeanLoss, SplitCheck, Weight, exact_type, weighted
+from hessianflow.losses import BatchLoss, Forwarded, SplitCheck, Weight, exact_type, weighted
+from hessianflow.losses.model_loss import logits_of
 from hessianflow.training.backward import BackwardPass, Divisor
 from hessianflow.training.evaluate import count_hits
 from hessianflow.training.world import LocalWorld
@@ -66,6 +67,7 @@ class GradientAccumulator:
         paired: whether layers exchange statistics, so that a rank without rows runs the model too.
 
     Attributes:
+        loss: the loss of a batch in any form.
         backward: the backward passes, which know parameters and observers.
         scaler: scales the loss under "fp16".
         autocast: the context of forward passes.
@@ -90,8 +92,8 @@ class GradientAccumulator:
         self.world = world or LocalWorld()
         self._device = parameters[0].device
         self._exact = exact_type(self._device)
-        self._loss = MeanLoss(loss_fn)
-        self._check_split = SplitCheck(self._loss)
+        self.loss = BatchLoss(loss_fn)
+        self._check_split = SplitCheck(self.loss.mean)
         self._shows_inputs = True
         device = self._device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
@@ -124,16 +126,16 @@ class GradientAccumulator:
             raise HessianFlowError(
                 "adversarial twins cannot be trained with SyncBatchNorm: use norm_batch_size"
             )
-        count = num_examples(exposure.batch[1])
+        count = num_examples(exposure.batch)
         if count == 0:
             return self._nothing(exposure.batch)
-        ahead = self._loss.weight_ahead(exposure.batch[1])
+        ahead = self.loss.weight_ahead(exposure.batch)
         keep = exposure.on_input_gradient
         if not self._shows_inputs:
             keep = None
         rows = _Rows(exposure.batch, ahead, on_input_gradient=keep)
         divisor = Divisor(count, ahead)
-        if exposure.twins is None or num_examples(exposure.twins[1]) == 0:
+        if exposure.twins is None or num_examples(exposure.twins) == 0:
             return self._add(rows, divisor, microbatch_size, settles=True, is_last=True)
         return self._add_both(rows, exposure, divisor, microbatch_size)
 
@@ -142,7 +144,7 @@ class GradientAccumulator:
     ) -> StepResult:
         """Add the gradients of the rows drawn, and then those of their twins."""
         assert exposure.twins is not None
-        ahead = self._loss.weight_ahead(exposure.twins[1])
+        ahead = self.loss.weight_ahead(exposure.twins)
         twins = _Rows(exposure.twins, ahead, exposure.twin_mode)
         if exposure.average:
             # Rows and twins then have one mean, whose divisor is complete only after the twins.
@@ -167,9 +169,13 @@ class GradientAccumulator:
     def _nothing(self, batch: Batch) -> StepResult:
         if self.paired:  # The other ranks' layers wait for the statistics of this one.
             with self.autocast():
-                outputs = self.model(batch[0])
+                if self.loss.takes_pair(batch):
+                    value = logits_of(self.model(batch[0])).sum()
+                else:
+                    # The mean over no row is 0 / 0.
+                    value = self.loss(self.model, batch).averaged.value.nan_to_num()
             with self.world.last_backward(0):
-                (outputs.sum() * 0).backward()
+                (value * 0).backward()
         return StepResult(torch.zeros((), dtype=self._exact, device=self._device), 0)
 
     def reduce_over_ranks(self, own: StepResult) -> StepResult:
@@ -207,16 +213,17 @@ class GradientAccumulator:
         The divisor is told the weight of every microbatch. After these rows it is complete if
         `settles`, and the gradient of the step is if `is_last`.
         """
-        total = num_examples(rows.batch[1])
+        total = num_examples(rows.batch)
         done = 0
         result: StepResult | None = None
         slopes: list[Tensor | None] = []
-        for inputs, targets in split(rows.batch, size, self.group_size):
-            passed = inputs
+        for piece in split(rows.batch, size, self.group_size):
+            passed = piece
             leaf: Tensor | None = None
             if rows.on_input_gradient is not None:
-                passed = leaf = inputs.detach().requires_grad_()
-            count = num_examples(targets)
+                leaf = piece[0].detach().requires_grad_()
+                passed = leaf, piece[1]
+            count = num_examples(piece)
             is_cut = count < total
             done += count
             ends = done == total
@@ -224,15 +231,15 @@ class GradientAccumulator:
             if is_cut:
                 ahead = None  # The weight known ahead is that of all rows together.
             with self.autocast(), rows.mode():
-                outputs = self.model(passed)
-                averaged = self._loss(outputs, targets, ahead)
-                failure = self._split_failure(outputs, targets, is_cut)
+                forwarded = self.loss(self.model, passed, ahead)
+                failure = self._split_failure(forwarded, is_cut)
+            averaged = forwarded.averaged
             divisor.add(averaged.weight)
             if settles and ends:
                 # Before the last backward pass, which may send gradients to the other ranks.
                 divisor.settle(self.backward.parameters)
             self.backward(averaged, divisor.value, count, leaf, last=is_last and ends)
-            part = self._result(averaged, outputs, targets, failure)
+            part = self._result(forwarded, count, failure)
             if result is not None:
                 part = result + part
             result = part
@@ -244,24 +251,25 @@ class GradientAccumulator:
         return result
 
     def _result(
-        self, averaged: Averaged, outputs: Any, targets: Any, failure: HessianFlowError | None
+        self, forwarded: Forwarded, count: int, failure: HessianFlowError | None
     ) -> StepResult:
         """Return the loss and hits of one microbatch.
 
         The sum is taken in a wider type, so that the mean does not depend on the split.
         """
+        averaged = forwarded.averaged
         weight = averaged.weight
         total = weighted(averaged.value.detach().to(self._exact), weight)
+        outputs, targets = forwarded.arguments
         hits = count_hits(map_tensors(Tensor.detach, outputs), targets, averaged)
-        count = num_examples(targets)
         return StepResult(total, weight, hits, count, count, weight, None, failure)
 
-    def _split_failure(self, outputs: Any, targets: Any, is_cut: bool) -> HessianFlowError | None:
+    def _split_failure(self, forwarded: Forwarded, is_cut: bool) -> HessianFlowError | None:
         """Return why the loss cannot be cut into microbatches; None: it can, or is not cut."""
         if not is_cut and self.world.world_size == 1:
             return None
         try:
-            self._check_split(outputs, targets)
+            self._check_split(*forwarded.arguments)
         except HessianFlowError as error:
             return error  # Not raised here: the ranks raise it together after the step.
         return None

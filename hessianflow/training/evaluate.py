@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from hessianflow.batches import (
     as_batches,
-    as_pair,
     explaining_types,
     map_tensors,
     num_examples,
     to_device,
 )
 from hessianflow.interfaces import AgreedError, Batch, HessianFlowError, Hits, LossFn, Reducer
-from hessianflow.losses import Averaged, MeanLoss, SplitCheck, exact_type, weighted
+from hessianflow.losses import Averaged, BatchLoss, Forwarded, SplitCheck, exact_type, weighted
 from hessianflow.measuring import measuring
 from hessianflow.training.world import LocalWorld
 
@@ -34,8 +33,8 @@ class Evaluation:
     """The mean loss over all examples of the evaluation data, and their number.
 
     Attributes:
-        accuracy: share of hits among the targets that count; None where outputs are not class
-            scores.
+        accuracy: share of hits among the targets that count (examples, or tokens); None where
+            the outputs are not class scores.
     """
 
     loss: float
@@ -57,7 +56,8 @@ def evaluate(
 
     Args:
         model: any module.
-        data: one (inputs, targets) pair or a re-iterable of pairs, of any sizes.
+        data: one batch or a re-iterable of batches, of any sizes: pairs (inputs, targets), or
+            mappings for a loss that runs the model.
         loss_fn: the loss, as in training.
         reducer: of several ranks that hold the same model and data, each of which evaluates its
             share of the batches; None: this process alone.
@@ -72,8 +72,8 @@ def evaluate(
     """
     device = next(model.parameters()).device
     ranks = reducer or LocalWorld()
-    mean_loss = MeanLoss(loss_fn)
-    check_split = SplitCheck(mean_loss)
+    batch_loss = BatchLoss(loss_fn)
+    check_split = SplitCheck(batch_loss.mean)
     with measuring(model) as inner, torch.no_grad():
         # Sums of loss, its weight, hits, targets that count, examples, batches without classes, and
         # of the fingerprint and its square. A tensor made in the caller's inference mode could not
@@ -84,12 +84,12 @@ def evaluate(
                 mark = fingerprint(batch)
                 sums[6:] += torch.tensor([mark, mark**2], dtype=sums.dtype, device=device)
             if number % ranks.world_size == ranks.rank:
-                inputs, targets = as_pair(to_device(batch, device))
-                with explaining_types(inner, (inputs, targets)):
-                    outputs = inner(inputs)
-                    sums[:6] += _figures(outputs, targets, mean_loss, sums)
+                local = to_device(batch, device)
+                with explaining_types(inner, local):
+                    forwarded = batch_loss(inner, local)
+                    sums[:6] += _figures(forwarded, num_examples(local), sums)
                 if number > 0:
-                    _warn_of_parts(check_split, outputs, targets)
+                    _warn_of_parts(check_split, *forwarded.arguments)
     # The only wait for the device.
     every = ranks.sum(sums).tolist()
     loss, weight, correct, counted, examples, unclassified, marks, squares = every
@@ -112,12 +112,12 @@ def evaluate(
     return Evaluation(mean, accuracy, int(examples))
 
 
-def _figures(outputs: Any, targets: Any, mean_loss: MeanLoss, like: Tensor) -> Tensor:
-    averaged = mean_loss(outputs, targets)
+def _figures(forwarded: Forwarded, examples: int, like: Tensor) -> Tensor:
+    averaged = forwarded.averaged
     loss = weighted(averaged.value.to(like), averaged.weight)
-    hits = count_hits(outputs, targets, averaged)
+    hits = count_hits(*forwarded.arguments, averaged)
     correct, counted = hits or (0, 0)
-    figures = [loss, averaged.weight, correct, counted, num_examples(targets), hits is None]
+    figures = [loss, averaged.weight, correct, counted, examples, hits is None]
     return torch.stack(
         [torch.as_tensor(figure, dtype=like.dtype, device=like.device) for figure in figures]
     )
@@ -135,25 +135,39 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
 
 
 def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
-    """Return the rows whose largest score is at the target class, and the targets that count.
+    """Return the targets whose class has the largest score, and the targets that count.
 
-    Without class scores [B, classes] and class indices [B] it is None. The loss (`averaged`) says
+    These are class scores [B, classes] and class indices [B], or else those of the only class loss
+    that was called, such as one for each token; without them it is None. The loss (`averaged`) says
     which targets count.
     """
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return None
-    if outputs.ndim != 2 or targets.ndim != 1 or targets.dtype.is_floating_point:
-        return None
-    hit = outputs.argmax(dim=1) == targets
+    if not _are_classified(outputs, targets, averaged):
+        if averaged.classified is None:
+            return None
+        outputs, targets = averaged.classified
+    hit = outputs.argmax(dim=min(1, outputs.ndim - 1)) == targets
     ignored = averaged.ignore_index
     if ignored is None:
-        return Hits(hit.sum(), len(targets))
+        return Hits(hit.sum(), targets.numel())
     if ignored >= 0:  # A negative index is no class of the model, and never a hit.
         hit = hit & (targets != ignored)
     counted = averaged.counted
     if counted is None:
         counted = (targets != ignored).sum()
     return Hits(hit.sum(), counted)
+
+
+def _are_classified(outputs: Any, targets: Any, averaged: Averaged) -> bool:
+    """Return whether outputs and targets are class scores and class indices."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    if outputs.ndim != targets.ndim + 1 or targets.dtype.is_floating_point:
+        return False
+    if outputs.ndim == 2:
+        return True
+    # Of several targets for each example only a loss of classes tells that they are classes.
+    is_shaped = outputs.ndim > 2 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+    return is_shaped and averaged.ignore_index is not None and averaged.classified is None
 
 
 def fingerprint(batch: Any) -> int:

@@ -9,9 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessianflow.batches import num_examples
-from hessianflow.interfaces import UNKNOWN, Adversary, Batch, Decision, Exposure, LossFn
+from hessianflow.batches import is_pair, num_examples
+from hessianflow.interfaces import (
+    UNKNOWN,
+    Adversary,
+    Batch,
+    Decision,
+    Exposure,
+    HessianFlowError,
+    LossFn,
+)
 from hessianflow.losses import mean_loss
+from hessianflow.structure import article
 from hessianflow.training.extent import Extent, Position
 from hessianflow.training.lookahead import Lookahead, Planned, check_staleness
 from hessianflow.training.timing import Stopwatch
@@ -57,7 +66,12 @@ def _attack(
     adversary: Adversary, model: nn.Module, entry: Planned, microbatch_size: int | None
 ) -> None:
     share = share_in_force(adversary, entry.decision)
-    if entry.attacked is None and share > 0 and num_examples(entry.batch[1]) > 0:
+    if entry.attacked is None and share > 0 and num_examples(entry.batch) > 0:
+        if not is_pair(entry.batch):
+            raise HessianFlowError(
+                f"{type(adversary).__name__} attacks the inputs of pairs (inputs, targets), got"
+                f" {article(entry.batch)}: train without an adversary, or on pairs"
+            )
         entry.attacked = adversary.attack(model, *entry.batch, share, microbatch_size)
 
 

@@ -142,7 +142,7 @@ class Lookahead:
             )
         try:
             loaded = self._load(batch, self._extent.progress(position))
-            self._queue.append(Planned(loaded, num_examples(batch[1]), decision))
+            self._queue.append(Planned(loaded, num_examples(batch), decision))
         except BaseException:
             self._place.note(before)  # The batch is to be drawn again.
             raise
@@ -179,8 +179,8 @@ class Lookahead:
         self._queue = deque(self._restored(entry) for entry in state["queue"])
 
     def _restored(self, entry: Mapping[str, Any]) -> Planned:
-        inputs, targets = to_device(entry["batch"], self._device)
-        planned = Planned((inputs, targets), entry["examples"], Decision(**entry["decision"]))
+        batch = to_device(entry["batch"], self._device)
+        planned = Planned(batch, entry["examples"], Decision(**entry["decision"]))
         planned.data_ended = entry["ends_epoch"]
         if entry["adversarial"] is not None:
             adversarial = to_device(entry["adversarial"], self._device)

@@ -3,13 +3,19 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessianflow.batches import explaining_types, num_examples, to_device, training_pair
+from hessianflow.batches import (
+    explaining_types,
+    is_pair,
+    num_examples,
+    to_device,
+    training_pair,
+)
 from hessianflow.interfaces import (
-    Batch,
     BindsParameters,
     Exposure,
     HessianFlowError,
@@ -76,13 +82,21 @@ class TrainingStep:
                 ' "float32"'
             )
 
-    def load(self, batch: Batch, progress: Progress) -> Batch:
+    def load(self, batch: Any, progress: Progress) -> Any:
         """Return a batch on the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
-            inputs, targets = training_pair(to_device(batch, self.device, non_blocking=True))
+            loaded = to_device(batch, self.device, non_blocking=True)
+            if self.accumulate.loss.takes_pair(loaded):
+                loaded = training_pair(loaded)
             transform = self.methods.transform
-            if transform is None or num_examples(targets) == 0:
-                return inputs, targets
+            if transform is None or num_examples(loaded) == 0:
+                return loaded
+            if not is_pair(loaded):
+                raise HessianFlowError(
+                    f"the transform takes (inputs, targets), got {article(loaded)}: transform such"
+                    " batches in the data set or in collate_fn"
+                )
+            inputs, targets = loaded
             made = transform(inputs, targets, progress)
         if not is_list(made) or len(made) != 2:
             raise HessianFlowError(
@@ -181,7 +195,7 @@ class TrainingStep:
         return result
 
     def _gradient(self, now: Planned, ahead: Planned | None) -> StepResult:
-        count = num_examples(now.batch[1])
+        count = num_examples(now.batch)
         clean = [entry for entry in (now, ahead) if entry is not None and entry.attacked is None]
         while True:
             size = self.microbatch.begin(count)

@@ -23,6 +23,7 @@ from trainers import (
     masked,
     measured,
     normalised,
+    of_model_and_batch,
     own_loss,
     paired,
     plain,
@@ -63,7 +64,10 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert value == close, (key, row, other)
 
 
-SETTINGS = [plain, accumulating, clipped, growing, tiny, skewed, freezing, masked, own_loss]
+SETTINGS = [
+    *(plain, accumulating, clipped, growing, tiny, skewed, freezing, masked, own_loss),
+    of_model_and_batch,
+]
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda options: options.__name__)

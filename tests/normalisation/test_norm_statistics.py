@@ -19,7 +19,7 @@ from hessianflow.data import DeviceBatches
 from hessianflow.distributed import LocalReducer
 from hessianflow.distributed.curvature import AllReducedOperator
 from hessianflow.interfaces import CurvatureReading, HessianFlowError, Progress
-from hessianflow.losses import MeanLoss
+from hessianflow.losses import BatchLoss
 from hessianflow.normalisation.settle import settle
 from hessianflow.normalisation.statistics import compared_losses, is_unsettled, moving_layers
 from hessianflow.training import Passes, Reporting
@@ -94,11 +94,11 @@ def test_losses_by_statistics_in_closed_form():
     scale."""
     model, (x, y) = running(Normalised(3.0).train(), var=0.25), problem(scale=2.0)
     layers = moving_layers(model)
-    found = compared_losses(model, (x, y), MeanLoss(half_square), layers)
+    found = compared_losses(model, (x, y), BatchLoss(half_square), layers)
     assert found == pytest.approx((0.5 * 9 * 4 / 0.25, 0.5 * 9, N / 2)), (
         "half of the examples, which is as many as count"
     )
-    one = compared_losses(model, (x[:1], y[:1]), MeanLoss(half_square), layers)
+    one = compared_losses(model, (x[:1], y[:1]), BatchLoss(half_square), layers)
     assert one == (0.0, 0.0, 0.0), "one example has no spread"
 
 
@@ -116,10 +116,10 @@ def test_a_model_of_one_batch_size_and_a_loss_that_differentiates_are_asked_abou
     batch = problem(scale=2.0)
     model = running(Whole().train(), var=0.25)
     assert compared_losses(
-        model, batch, MeanLoss(half_square), moving_layers(model)
+        model, batch, BatchLoss(half_square), moving_layers(model)
     ) == pytest.approx((8, 0.5, N))
     model = running(Normalised().train(), var=0.25)
-    assert compared_losses(model, batch, MeanLoss(slope), moving_layers(model)) == pytest.approx(
+    assert compared_losses(model, batch, BatchLoss(slope), moving_layers(model)) == pytest.approx(
         (8, 0.5, N)
     )
 
@@ -129,7 +129,7 @@ def test_measuring_leaves_no_trace():
     model.norm.weight.grad = torch.ones(1, dtype=torch.float64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, versions = torch.get_rng_state(), [b._version for b in model.buffers()]
-    compared_losses(model, (x, y), MeanLoss(half_square), moving_layers(model))
+    compared_losses(model, (x, y), BatchLoss(half_square), moving_layers(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [b._version for b in model.buffers()] == versions
     assert torch.equal(torch.get_rng_state(), state)
@@ -373,7 +373,7 @@ def test_sorted_data_tell_the_same_as_shuffled_ones():
     x = torch.cat([-torch.ones(N, 1), torch.ones(N, 1)]).double()
     y = torch.zeros_like(x)
     model = running(Normalised().train(), var=0.25)
-    found = compared_losses(model, (x, y), MeanLoss(half_square), moving_layers(model))
+    found = compared_losses(model, (x, y), BatchLoss(half_square), moving_layers(model))
     assert found == pytest.approx((0.5 / 0.25, 0.5, 32))
 
 
@@ -381,5 +381,5 @@ def test_a_batch_that_cannot_be_cut_is_asked_about_as_a_whole():
     x, y = problem(scale=2.0)
     batch = {"x": x, "labels": y, "edges": torch.zeros(3, dtype=torch.int64)}
     model = running(Normalised().train(), var=0.25)
-    loss = MeanLoss(lambda model, batch: half_square(model(batch["x"]), batch["labels"]))
+    loss = BatchLoss(lambda model, batch: half_square(model(batch["x"]), batch["labels"]))
     assert compared_losses(model, batch, loss, moving_layers(model)) == pytest.approx((8, 0.5, N))
