@@ -105,14 +105,12 @@ class ExampleStream:
         """Return how many examples of the current epoch all ranks have handed out so far."""
         return self._cursor
 
-    @property
-    def batches_left(self) -> int:
-        """Return the number of batches that are left of the current epoch, at the present size."""
-        left = self._num_examples - self._cursor
-        batches = -(-left // self._batch_size)
+    def batches_from(self, position: int) -> int:
+        """Return the number of batches between a position and the end, at the present size."""
+        left = self._num_examples - position
         # The last of an odd number in batches of two joins the batch before, see the class.
         joins = self._shuffle and self._batch_size == 2 and left % 2 == 1 and left > 1
-        return batches - joins
+        return -(-left // self._batch_size) - joins
 
     def set_batch_size(self, batch_size: int) -> None:
         """Set the batch size from the very next batch on."""

@@ -2,9 +2,17 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hessianflow.interfaces import Batch, HessianFlowError, ResizableBatches, TellsPlace
+
+
+@runtime_checkable
+class CountsBatches(Protocol):
+    """Batches that know how they end a pass, where the size does not divide it."""
+
+    def batches_from(self, position: int) -> int:
+        """Return the number of batches between a position and the end of a pass."""
 
 
 class TellingBatches(ResizableBatches, TellsPlace, Protocol):
@@ -59,17 +67,14 @@ class Passes:
     @property
     def left(self) -> int:
         """Return the number of batches that are left of the present pass, at the present size."""
-        left = getattr(self.batches, "batches_left", None)
-        if left is None:
-            left = -(-(self.num_examples - self.batches.cursor) // self.batch_size)
-        return int(left)
+        return self._batches_from(self.batches.cursor)
 
     def __len__(self) -> int:
         """Return the number of batches of the present pass: those taken and those left."""
         if self.num_examples == sys.maxsize:
             raise TypeError("nobody knows how many batches a stream without a length has")
         if self._is_at_end:
-            return -(-self.num_examples // self.batch_size)
+            return self._batches_from(0)
         return self.taken + self.left
 
     def set_batch_size(self, batch_size: int) -> None:
@@ -101,3 +106,8 @@ class Passes:
     @property
     def _is_at_end(self) -> bool:
         return self.batches.cursor >= self.num_examples
+
+    def _batches_from(self, position: int) -> int:
+        if isinstance(self.batches, CountsBatches):
+            return self.batches.batches_from(position)
+        return -(-(self.num_examples - position) // self.batch_size)
