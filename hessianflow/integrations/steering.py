@@ -3,14 +3,17 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from hessianflow.control.checks import check_optional_count
 from hessianflow.curvature import CurvatureProbe
+from hessianflow.data.streams import generator
 from hessianflow.distributed import GroupWorld, sharded
+from hessianflow.integrations.passes import Passes
 from hessianflow.integrations.rate import RateFactor, bare
 from hessianflow.interfaces import (
     BatchController,
@@ -20,6 +23,7 @@ from hessianflow.interfaces import (
     LossFn,
     Progress,
 )
+from hessianflow.measuring import generators_kept
 
 BUDGET = 0.01
 """Largest share of the training cost that readings take, apart from the first one. As in the
@@ -43,6 +47,14 @@ class Plan:
     examples_per_pass: int
     examples: int
     host: str
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Batches of which a probe batch can be taken."""
+
+    def sample(self, count: int, seed: int = 0) -> Any:
+        """Return `count` different examples chosen by `seed` alone."""
 
 
 class Steering:
@@ -297,3 +309,26 @@ def _figures(reading: CurvatureReading | None) -> dict[str, float]:
     }
     return {f"curvature/{name}": value for name, value in figures.items()}
 
+def probe_batch(loader: Any, count: int, seed: int = 0) -> Any:
+    """Return `count` examples of a loader's data set, chosen by `seed` alone, as a batch.
+
+    Raises:
+        HessianFlowError: The data set has no length or no items by index.
+    """
+    if isinstance(loader, Passes):
+        batches = loader.batches
+        if not isinstance(batches, Samples):
+            raise HessianFlowError(
+                f"no probe batch can be taken of {type(batches).__name__}: pass batch=, some 64"
+                " examples"
+            )
+        return batches.sample(min(count, loader.num_examples), seed)
+    dataset = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise HessianFlowError(
+            f"no probe batch can be taken of a {type(dataset).__name__} without a length: pass"
+            " batch=, some 64 examples as the collate function makes them"
+        )
+    order = torch.randperm(len(dataset), generator=generator(seed, "sample"))
+    with generators_kept():
+        return loader.collate_fn([dataset[int(index)] for index in order[:count]])

@@ -27,7 +27,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hessianflow.batches import num_examples, split, to_device
 from hessianflow.data import AdaptiveBatches
-from hessianflow.data.streams import generator
 from hessianflow.distributed import current_world
 from hessianflow.integrations.hosts import check_host
 from hessianflow.integrations.passes import Passes
@@ -37,9 +36,10 @@ from hessianflow.integrations.steering import (
     Steering,
     check_one_controller,
     make_probe,
+    probe_batch,
 )
 from hessianflow.interfaces import BatchController, HessianFlowError, LossFn
-from hessianflow.measuring import generators_kept, measuring
+from hessianflow.measuring import measuring
 
 check_host("transformers", (5, 24), (6,))
 
@@ -409,7 +409,8 @@ class AdaptiveBatchMixin:
         if num_items is None:
             return False
         accelerator = self.accelerator  # type: ignore[attr-defined]
-        prepared = self._prepare_inputs(next(split(inputs, 1)))  # type: ignore[attr-defined]
+        part = next(split(inputs, self._train_batch_size))  # type: ignore[attr-defined]
+        prepared = self._prepare_inputs(part)  # type: ignore[attr-defined]
         with measuring(accelerator.unwrap_model(model)) as inner, torch.no_grad():
             context = self.compute_loss_context_manager()  # type: ignore[attr-defined]
             with context:
@@ -450,23 +451,6 @@ class DatasetPasses(Passes):
         super().__init__(batches)
         self.dataset = dataset
         self.collate_fn = collate_fn
-
-
-def probe_batch(loader: Any, count: int, seed: int = 0) -> Any:
-    """Return `count` examples of a loader's data set, chosen by `seed` alone, as a batch.
-
-    Raises:
-        HessianFlowError: The data set has no length or no items by index.
-    """
-    dataset = getattr(loader, "dataset", None)
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise HessianFlowError(
-            f"no probe batch can be taken of a {type(dataset).__name__} without a length: pass"
-            " batch=, some 64 examples as the collate function makes them"
-        )
-    order = torch.randperm(len(dataset), generator=generator(seed, "sample"))
-    with generators_kept():
-        return loader.collate_fn([dataset[int(index)] for index in order[:count]])
 
 
 def _weight(batch: Mapping[str, Any]) -> int:
