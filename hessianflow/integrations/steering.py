@@ -232,7 +232,7 @@ class Steering:
         update = controller.update(progress, reading, self._world.broadcast(signals))
         self.decision = after = self._world.broadcast(update)
         rate.factor = after.lr_factor
-        if before is not None and after.setting == before.setting:
+        if before is not None and after.setting[:2] == before.setting[:2]:
             return {}
         return {"batch/size": float(after.batch_size), "batch/lr_factor": after.lr_factor}
 

@@ -4,7 +4,7 @@
 update on, without a restart of workers:
 
     from hessianflow.integrations.transformers import AdaptiveTrainer as Trainer
-    trainer = Trainer(..., controller=hf.control.ABSA(32, 512, alpha=2))
+    trainer = Trainer(..., controller=hf.control.ABSA(32, 512))
 
 `CurvatureCallback` only measures, in a Trainer of any class:
 
