@@ -108,6 +108,13 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         """Return the controller that sets the batch; None if this only measures."""
         return self._steering.controller
 
+    @property
+    def state_key(self) -> str:
+        """Return the name of the state in checkpoints, of which each callback needs its own."""
+        controller = type(self.controller).__name__
+        key: str = self._generate_state_key(controller=controller, every=self._steering.every)
+        return key
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be steered, before anything is trained."""
         del pl_module

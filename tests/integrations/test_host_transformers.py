@@ -110,6 +110,13 @@ def trainer(folder: Path, model: Any = bert, *, tokens: bool = False, **options:
     )
 
 
+ALWAYS = {"budget": None}
+
+
+def absa() -> hf.control.ABSA:
+    return hf.control.ABSA(8, 32, patience=1)
+
+
 def logged(host: Any, name: str) -> list[float]:
     return [row[name] for row in host.state.log_history if name in row]
 
@@ -147,7 +154,7 @@ def test_the_batch_grows_in_the_middle_of_a_pass_and_the_run_ends_where_it_shoul
 def test_the_schedule_follows_the_examples_and_ends_at_zero(tmp_path: Path) -> None:
     host = trainer(tmp_path, controller=hf.control.Seesaw(8, 32))
     host.train()
-    assert host.lr_scheduler.get_last_lr() == [0.0]
+    assert host.lr_scheduler.get_last_lr()[0] == 0
     assert host.optimizer.param_groups[0]["lr"] == 0
     host = trainer(tmp_path, lr_scheduler_type="constant")
     host.train()
@@ -160,7 +167,7 @@ def test_max_steps_is_the_number_of_updates(tmp_path: Path) -> None:
     host = trainer(tmp_path, max_steps=40)
     host.train()
     assert host.state.global_step == 40
-    assert host.lr_scheduler.get_last_lr() == [0.0]
+    assert host.lr_scheduler.get_last_lr()[0] == 0
     assert host.state.epoch > 5
 
 
@@ -169,16 +176,19 @@ def test_a_resumed_run_is_equal_bit_for_bit(save_at: int, tmp_path: Path) -> Non
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": save_at}
     if save_at == 10_000:
         options = {"save_strategy": "epoch"}
-    whole = trainer(tmp_path, controller=hf.control.CriticalBatch(8, 32), **options)
+    whole = trainer(tmp_path, controller=absa(), curvature=ALWAYS, **options)
     whole.train()
     folder = sorted(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
-    resumed = trainer(tmp_path, controller=hf.control.CriticalBatch(8, 32), **options)
+    resumed = trainer(tmp_path, controller=absa(), curvature=ALWAYS, **options)
     resumed.train(resume_from_checkpoint=str(folder))
     for one, other in zip(weights(whole.model), weights(resumed.model), strict=True):
         assert torch.equal(one, other)
     assert whole.state.global_step == resumed.state.global_step
     assert logged(whole, "batch/size") == logged(resumed, "batch/size")
-    assert logged(whole, "batch/size")
+    assert logged(whole, "batch/size")[-1] == 32
+    eigenvalues = logged(whole, "curvature/eigenvalue")
+    assert len(eigenvalues) > 3
+    assert eigenvalues == logged(resumed, "curvature/eigenvalue")
 
 
 @pytest.mark.parametrize(
