@@ -44,7 +44,7 @@ def main() -> None:
             optimizer.zero_grad()
             updates += 1
             steering.after_step(loss)  # line 2
-    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    total = sum(parameter.double().sum().item() for parameter in model.parameters())
     print(f"batch {steering.batches.batch_size}, updates {updates}, weights {total:.10f}")
     accelerator.end_training()
 

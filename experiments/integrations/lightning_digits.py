@@ -61,7 +61,7 @@ def main() -> None:
     )
     data = batches(TensorDataset(images, digits.targets), 16)  # in place of a DataLoader
     trainer.fit(module, data)
-    total = sum(float(parameter.double().sum()) for parameter in module.parameters())
+    total = sum(parameter.double().sum().item() for parameter in module.parameters())
     print(f"batch {data.batch_size}, updates {trainer.global_step}, weights {total:.10f}")
 
 

@@ -73,7 +73,7 @@ def main() -> None:
         )
         trainer.train()
     sizes_logged = [row["batch/size"] for row in trainer.state.log_history if "batch/size" in row]
-    total = sum(float(parameter.double().sum()) for parameter in model.parameters())
+    total = sum(parameter.double().sum().item() for parameter in model.parameters())
     print(f"batches {sizes_logged}, updates {trainer.state.global_step}, weights {total:.10f}")
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         ResizableBatches,
         Rewindable,
         SecondOrder,
+        TakesConfig,
         TellsPlace,
         WantsClosure,
     )
@@ -109,6 +110,7 @@ __all__ = [
     "Shardable",
     "Stateful",
     "StepResult",
+    "TakesConfig",
     "TellsPlace",
     "WantsClosure",
     "Wishes",

@@ -1,6 +1,6 @@
 """The training loop, its settings, and its records and checkpoints."""
 
-from hessianflow.runs import History, LogSink, TensorBoardSink
+from hessianflow.runs import History, LogSink, MLflowSink, TensorBoardSink, WandbSink
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
 from hessianflow.training.exposing import Ahead, exposed_loss
@@ -20,11 +20,13 @@ __all__ = [
     "Evaluation",
     "History",
     "LogSink",
+    "MLflowSink",
     "Passes",
     "ProgressiveResize",
     "Reporting",
     "Schedule",
     "TensorBoardSink",
+    "WandbSink",
     "check_resolutions",
     "evaluate",
     "exposed_loss",
