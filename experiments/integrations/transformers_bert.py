@@ -6,12 +6,12 @@ The two lines that a script with the Trainer of transformers adds are marked. We
 the text is that of the standard library: nothing is downloaded.
 """
 
+import _pydecimal
 import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import _pydecimal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments

@@ -70,7 +70,7 @@ class Passes:
         return self._batches_from(self.batches.cursor)
 
     def __len__(self) -> int:
-        """Return the number of batches of a pass: of this one, or of the next when all are taken."""
+        """Return the batches of a pass: of this one, or of the next when all are taken."""
         if self.num_examples == sys.maxsize:
             raise TypeError("nobody knows how many batches a stream without a length has")
         if self._is_at_end:

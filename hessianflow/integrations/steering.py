@@ -309,6 +309,7 @@ def _figures(reading: CurvatureReading | None) -> dict[str, float]:
     }
     return {f"curvature/{name}": value for name, value in figures.items()}
 
+
 def probe_batch(loader: Any, count: int, seed: int = 0) -> Any:
     """Return `count` examples of a loader's data set, chosen by `seed` alone, as a batch.
 

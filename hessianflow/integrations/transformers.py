@@ -18,272 +18,25 @@ its own (`group_by_length`) is not used.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hessianflow.batches import num_examples, split, to_device
+from hessianflow.batches import num_examples, split
 from hessianflow.data import AdaptiveBatches
-from hessianflow.distributed import current_world
-from hessianflow.integrations.hosts import check_host
 from hessianflow.integrations.passes import Passes
-from hessianflow.integrations.steering import (
-    PROBE_EXAMPLES,
-    Plan,
-    Steering,
-    check_one_controller,
-    make_probe,
-    probe_batch,
+from hessianflow.integrations.transformers_callbacks import (
+    ControlCallback,
+    CurvatureCallback,
+    model_loss,
 )
-from hessianflow.interfaces import BatchController, HessianFlowError, LossFn
+from hessianflow.interfaces import BatchController, HessianFlowError
 from hessianflow.measuring import measuring
 
-check_host("transformers", (5, 24), (6,))
+from transformers import Trainer  # isort: skip
 
-from transformers import Trainer, TrainerCallback  # noqa: E402
-
-HOST = "the Trainer of transformers"
-STATE_FILE = "hessianflow.pt"
-"""Name of the file of this package in a checkpoint of the Trainer."""
-
-
-def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the loss that a model of transformers computes of a batch that holds its labels."""
-    outputs = model(**batch)
-    loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-    return loss
-
-
-class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures the curvature during the training of a Trainer, and logs it there.
-
-    A reading is made after every pass over the data, or every so many examples, as far as the
-    budget lasts. The figures are "curvature/eigenvalue", "curvature/edge_share" (the share of the
-    stable learning rate in use) and others. The state is kept in the Trainer's checkpoints.
-
-    Args:
-        trainer: The Trainer.
-        every: Training examples between two readings; None: one pass over the data.
-        loss_fn: loss_fn(model, batch) of the measured loss; None for the loss of the model itself.
-        batch: The probe batch; None for `probe_examples` of the training set.
-        probe_examples: See `batch`.
-        options: Further options of :class:`hessianflow.curvature.CurvatureProbe`, such as `budget`
-            (default: 1 % of the training).
-
-    Raises:
-        HessianFlowError: When training begins: an option is out of range, or the data have no items
-            to take a probe batch of.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        *,
-        every: int | None = None,
-        loss_fn: LossFn = model_loss,
-        batch: Any = None,
-        probe_examples: int = PROBE_EXAMPLES,
-        **options: Any,
-    ) -> None:
-        self._trainer = trainer
-        self._loss_fn = loss_fn
-        self._batch = batch
-        self._probe_examples = probe_examples
-        self._options = options
-        self.steering = Steering(None, every)
-        self._is_loaded = False
-
-    @property
-    def controller(self) -> BatchController | None:
-        """Return the controller that sets the batch; None if this only measures."""
-        return self.steering.controller
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the probe of the model that is trained."""
-        del control
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.global_step and not self._is_loaded and (folder / STATE_FILE).is_file():
-            self.load(folder)
-        self._is_loaded = False
-        loader = kwargs["train_dataloader"]
-        optimizer = kwargs["optimizer"]
-        batch = self._batch
-        if batch is None:
-            batch = probe_batch(loader, self._probe_examples)
-        world = current_world(args.device)
-        probe = make_probe(
-            kwargs["model"],
-            self._loss_fn,
-            to_device(batch, args.device),
-            optimizer,
-            world,
-            self.controller,
-            self._options,
-        )
-        self.steering.start(self._plan(args, state, loader), optimizer, probe, world)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, decide and log."""
-        del kwargs
-        figures = self.steering.after_update(self.examples(args, state), self.last_loss())
-        if figures:
-            due = control.should_log
-            self._trainer.log(figures)
-            control.should_log = due  # to log clears it, and the host's own figures would be lost
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was."""
-        del args, state, control, kwargs
-        self.steering.finish()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the state beside that of the Trainer."""
-        del control, kwargs
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save and folder.is_dir():
-            torch.save(self.state_dict(), folder / STATE_FILE)
-
-    def load(self, folder: str | Path) -> None:
-        """Read the state from a checkpoint of the Trainer.
-
-        Raises:
-            HessianFlowError: It holds none.
-        """
-        path = Path(folder, STATE_FILE)
-        if not path.is_file():
-            raise HessianFlowError(
-                f"{folder} holds no {STATE_FILE}: it was not saved by this trainer, so the batch"
-                " and the place in the data are not known"
-            )
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self._is_loaded = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings depend on."""
-        return {"steering": self.steering.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.steering.load_state_dict(state["steering"])
-
-    def examples(self, args: Any, state: Any) -> int:
-        """Return the training examples used so far: the host counts updates of one size."""
-        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return int(state.global_step * size)
-
-    def last_loss(self) -> Tensor | None:
-        """Return the mean loss of the last update; None where it is not known."""
-        return None
-
-    def _plan(self, args: Any, state: Any, loader: Any) -> Plan:
-        total = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        total *= args.world_size
-        length = getattr(getattr(loader, "dataset", None), "__len__", None)
-        return Plan(total if length is None else length(), total, HOST)
-
-
-class ControlCallback(CurvatureCallback):
-    """Lets a controller set the batch of an :class:`AdaptiveTrainer`, which makes it."""
-
-    def __init__(
-        self, trainer: "AdaptiveBatchMixin", controller: BatchController, **options: Any
-    ) -> None:
-        every = options.pop("every", None)
-        super().__init__(trainer, **options)  # type: ignore[arg-type]
-        self.steering = Steering(controller, every)
-        self._adaptive = trainer
-        self._scheduled = 0  # steps of the schedule
-        self.step_factor = 1.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that nothing else sets the batch, and make the probe."""
-        sets = [
-            callback
-            for callback in self._trainer.callback_handler.callbacks
-            if isinstance(callback, ControlCallback)
-        ]
-        check_one_controller(sets, "Trainer")
-        super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure and decide; then correct what the host counts in updates of the first size."""
-        passes = self._adaptive.passes
-        state.epoch = passes.examples / passes.num_examples
-        assert self.steering.rate is not None
-        self.step_factor = self.steering.rate.factor
-        super().on_step_end(args, state, control, **kwargs)
-        decision = self.steering.decision
-        assert decision is not None
-        passes.set_batch_size(decision.batch_size)
-        self._scheduled += 1
-        if args.max_steps > 0:
-            return
-        self._advance(kwargs["lr_scheduler"], passes.examples / self._planned(args))
-        state.max_steps = state.global_step + self._updates_left(args)
-        if passes.examples >= self._planned(args):
-            control.should_training_stop = True
-
-    def examples(self, args: Any, state: Any) -> int:
-        """Return the training examples used so far, over all ranks."""
-        del args, state
-        return self._adaptive.passes.examples
-
-    def last_loss(self) -> Tensor | None:
-        """Return the mean loss of the last update."""
-        return self._adaptive.last_loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings, decisions and batches depend on."""
-        passes = self._adaptive.passes.state_dict()
-        return {**super().state_dict(), "passes": passes, "scheduled": self._scheduled}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, at its place in the data and with its batch."""
-        if "passes" not in state:
-            raise HessianFlowError(
-                "the checkpoint was made without a controller: resume without one, or start a new"
-                " run"
-            )
-        super().load_state_dict(state)
-        self._scheduled = state["scheduled"]
-        self._adaptive.passes.load_state_dict(state["passes"])
-
-    def _plan(self, args: Any, state: Any, loader: Any) -> Plan:
-        del state, loader
-        passes = self._adaptive.passes
-        self._planned_updates = self._adaptive.planned_updates
-        total = self._planned(args)
-        if args.max_steps > 0:
-            total = args.max_steps * self._adaptive.first_batch_size  # as far as is known
-        return Plan(passes.num_examples, total, HOST)
-
-    def _planned(self, args: Any) -> int:
-        return round(args.num_train_epochs * self._adaptive.passes.num_examples)
-
-    def _advance(self, scheduler: Any, done: float) -> None:
-        """Let the schedule follow the examples: the host steps it once an update.
-
-        Args:
-            scheduler: The host's schedule, which ends after the updates planned at the first size.
-            done: Share of the run's examples that were used.
-        """
-        if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
-            return
-        while self._scheduled < int(done * self._planned_updates + 1e-9):
-            scheduler.step()
-            self._scheduled += 1
-
-    def _updates_left(self, args: Any) -> int:
-        """Return the updates until the planned examples are used, at the present size."""
-        passes = self._adaptive.passes
-        left = self._planned(args) - passes.examples
-        in_pass = min(left, -passes.examples % passes.num_examples)
-        whole, part = divmod(left - in_pass, passes.num_examples)
-        updates = -(-in_pass // passes.batch_size) + -(-part // passes.batch_size)
-        return updates + whole * -(-passes.num_examples // passes.batch_size)
+__all__ = ["AdaptiveBatchMixin", "AdaptiveTrainer", "CurvatureCallback", "model_loss"]
 
 
 class AdaptiveBatchMixin:
@@ -292,8 +45,8 @@ class AdaptiveBatchMixin:
     The batch counts examples of an update over all processes, and changes from the very next update
     on, in the middle of a pass as well; workers continue. Processes run at most
     `per_device_train_batch_size` examples at a time, and the gradient is that of the whole batch:
-    by the tokens that the host counts where the model divides by them (`num_items_in_batch`), else by
-    the labels that are not -100.
+    by the tokens that the host counts where the model divides by them (`num_items_in_batch`), else
+    by the labels that are not -100.
 
     A run of `num_train_epochs` ends after that many passes, with fewer updates as the batch grows,
     and the schedule of the learning rate follows the examples, so that it ends with the run. With
@@ -307,8 +60,8 @@ class AdaptiveBatchMixin:
             `budget`, ...
 
     Raises:
-        HessianFlowError: Something else sets the batch as well: accumulation, `auto_find_batch_size`
-            or another controller; later: the data have no items by index, or the controller needs
+        HessianFlowError: Something else sets the batch as well: accumulation,
+            `auto_find_batch_size` or another controller; later: the data have no items by index, or the controller needs
             what the Trainer does not show.
     """
 
@@ -374,7 +127,9 @@ class AdaptiveBatchMixin:
         self._control.load(resume_from_checkpoint)
         return self.passes.epoch, 0
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
         """Return the mean loss of a batch after its gradient was added, a microbatch at a time."""
         if self._is_summed is None:
             self._is_summed = self._sums_over(model, inputs, num_items_in_batch)
@@ -436,7 +191,7 @@ class AdaptiveBatchMixin:
 
 
 class AdaptiveTrainer(AdaptiveBatchMixin, Trainer):  # type: ignore[misc]
-    """A `transformers.Trainer` whose batch follows a controller; see :class:`AdaptiveBatchMixin`."""
+    """A `transformers.Trainer` whose batch follows a controller: :class:`AdaptiveBatchMixin`."""
 
 
 class DatasetPasses(Passes):

@@ -114,10 +114,7 @@ class MLflowSink:
             self._entities.Metric(name, value, now, record["examples"])
             for name, value in {**numbers, "epoch": float(record["epoch"])}.items()
         ]
-        tags = [
-            self._entities.RunTag(name, text[:LONGEST_TEXT])
-            for name, text in texts.items()
-        ]
+        tags = [self._entities.RunTag(name, text[:LONGEST_TEXT]) for name, text in texts.items()]
         self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
 
     def close(self) -> None:

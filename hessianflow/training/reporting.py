@@ -13,6 +13,8 @@ from hessianflow.runs.rows import Record
 from hessianflow.training.checks import as_list, check_parts
 from hessianflow.training.course import Course
 
+IS_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+"""Whether progress is shown by a widget of a notebook, which is no terminal."""
 REFRESH_SECONDS = 0.5
 """Time between two readings of figures from the device. This default is our choice."""
 
@@ -24,7 +26,8 @@ class Reporting:
     Attributes:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
-        show_progress: whether a progress bar is shown; None: only on a terminal.
+        show_progress: whether a progress bar is shown; None: on a terminal or in a
+            notebook.
     """
 
     sinks: Iterable[RecordSink] = ()
@@ -44,13 +47,16 @@ class Reporting:
 class ProgressBar:
     """Shows the examples trained of the whole run, and the latest figures.
 
-    With `show` True it always does, with False never, and with None only on a terminal.
+    With `show` True it always does, with False never, and with None on a terminal or in a
+    notebook.
     """
 
     def __init__(self, progress: Progress, show: bool | None) -> None:
         disable: bool | None = None  # tqdm then asks the terminal.
         if show is not None:
             disable = not show
+        elif IS_NOTEBOOK:
+            disable = False
         self._bar: tqdm[Any] = tqdm(
             total=progress.total_epochs * progress.examples_per_epoch,
             initial=progress.examples,

@@ -108,12 +108,16 @@ def test_figures_reach_the_trackers(tmp_path: Path) -> None:
 def test_what_also_sets_the_batch_is_refused() -> None:
     accelerator = Accelerator()
     Loop(accelerator, hf.control.FixedBatch(16))
-    with pytest.raises(HessianFlowError, match="AdaptiveBatch and AdaptiveBatch both set the batch"):
+    with pytest.raises(
+        HessianFlowError, match="AdaptiveBatch and AdaptiveBatch both set the batch"
+    ):
         Loop(accelerator, hf.control.FixedBatch(16))
     with pytest.raises(HessianFlowError, match="gradient_accumulation_steps=2 and the controller"):
         Loop(Accelerator(gradient_accumulation_steps=2), hf.control.FixedBatch(16))
 
 
 def test_what_such_a_loop_does_not_show_is_refused() -> None:
-    with pytest.raises(HessianFlowError, match="NormTest needs .*, which a loop on accelerate does"):
+    with pytest.raises(
+        HessianFlowError, match=r"NormTest needs .*, which a loop on accelerate does"
+    ):
         Loop(Accelerator(), hf.control.NormTest(16, 64))

@@ -171,13 +171,14 @@ def test_measuring_alone_changes_nothing(tmp_path: Path) -> None:
     ("others", "names"),
     [
         ([callback(every=60)], "AdaptiveBatch and AdaptiveBatch"),
-        ([GradientAccumulationScheduler({0: 2})], "AdaptiveBatch and GradientAccumulationScheduler"),
+        (
+            [GradientAccumulationScheduler({0: 2})],
+            "AdaptiveBatch and GradientAccumulationScheduler",
+        ),
     ],
     ids=["another", "a schedule"],
 )
-def test_what_also_sets_the_batch_is_refused(
-    others: list[Any], names: str, tmp_path: Path
-) -> None:
+def test_what_also_sets_the_batch_is_refused(others: list[Any], names: str, tmp_path: Path) -> None:
     with pytest.raises(HessianFlowError, match=f"{names} both set the batch of this Trainer"):
         fitted(tmp_path, batches(data(), 16), [callback(), *others])
 

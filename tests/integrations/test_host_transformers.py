@@ -22,11 +22,8 @@ with warnings.catch_warnings():
     import transformers
     from transformers import BertConfig, GPT2Config, LlamaConfig
 
-    from hessianflow.integrations.transformers import (
-        AdaptiveTrainer,
-        ControlCallback,
-        CurvatureCallback,
-    )
+    from hessianflow.integrations.transformers import AdaptiveTrainer, CurvatureCallback
+    from hessianflow.integrations.transformers_callbacks import ControlCallback
 
 
 class Sentences(Dataset[dict[str, Any]]):
@@ -99,7 +96,9 @@ def arguments(folder: Path, **options: Any) -> Any:
 def trainer(folder: Path, model: Any = bert, *, tokens: bool = False, **options: Any) -> Any:
     """Return an adaptive trainer that doubles the batch twice."""
     torch.manual_seed(0)
-    own = {name: options.pop(name) for name in ("controller", "every", "curvature") if name in options}
+    own = {
+        name: options.pop(name) for name in ("controller", "every", "curvature") if name in options
+    }
     chosen = {"controller": hf.control.AdaBatch(8, 32, every_epochs=1), "every": 60, **own}
     return AdaptiveTrainer(
         model(),
@@ -273,7 +272,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
         data_collator=padded,
     )
     plain.train()
-    with pytest.raises(HessianFlowError, match="holds no hessianflow.pt"):
+    with pytest.raises(HessianFlowError, match=r"holds no hessianflow\.pt"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
