@@ -24,6 +24,7 @@ def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     digits = hf.data.load("digits")
+    assert isinstance(digits, hf.data.ImageSet)  # and no folder of files
     images = digits.images.float() / digits.value_scale
     data = TensorDataset(images, digits.targets)
     batches = hf.data.AdaptiveBatches(data, 16, device=accelerator.device)

@@ -47,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     digits = hf.data.load("digits")
+    assert isinstance(digits, hf.data.ImageSet)  # and no folder of files
     images = digits.images.float() / digits.value_scale
     module = Digits()
     adaptive = AdaptiveBatch(nn.CrossEntropyLoss(), controller=hf.control.CriticalBatch(16, 256))

@@ -112,8 +112,8 @@ class AdaptiveBatch:
         )
         total = sys.maxsize
         if passes is not None:
-            total = round(passes * batches.num_examples)
-        plan = Plan(batches.num_examples, total, HOST)
+            total = round(passes * self.batches.num_examples)
+        plan = Plan(self.batches.num_examples, total, HOST)
         self._steering.start(plan, optimizer, probe, world)
         accelerator.register_for_checkpointing(self)
 

@@ -280,7 +280,7 @@ def _loss_of(outputs: Any) -> Tensor | None:
 
 def _generators() -> dict[str, Any]:
     states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

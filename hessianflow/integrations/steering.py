@@ -324,7 +324,7 @@ def probe_batch(loader: Any, count: int, seed: int = 0) -> Any:
                 " examples"
             )
         return batches.sample(min(count, loader.num_examples), seed)
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise HessianFlowError(
             f"no probe batch can be taken of a {type(dataset).__name__} without a length: pass"

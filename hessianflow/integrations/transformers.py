@@ -61,8 +61,8 @@ class AdaptiveBatchMixin:
 
     Raises:
         HessianFlowError: Something else sets the batch as well: accumulation,
-            `auto_find_batch_size` or another controller; later: the data have no items by index, or the controller needs
-            what the Trainer does not show.
+            `auto_find_batch_size` or another controller; later: the data have no items by index,
+            or the controller needs what the Trainer does not show.
     """
 
     def __init__(
@@ -74,15 +74,16 @@ class AdaptiveBatchMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._control = ControlCallback(self, controller, every=every, **(curvature or {}))
+        own: Any = self  # whose other attributes are those of the host
+        self._control = ControlCallback(own, controller, every=every, **(curvature or {}))
         self.first_batch_size = controller.decision.batch_size
         self.last_loss: Tensor | None = None
         self.planned_updates = 0
         self._is_summed: bool | None = None
         self._check_arguments()
-        self.add_callback(self._control)  # type: ignore[attr-defined]
+        own.add_callback(self._control)
 
-    def get_train_dataloader(self) -> Passes:  # type: ignore[misc]
+    def get_train_dataloader(self) -> Passes:
         """Return the training data in batches of changing size, one pass for each iteration."""
         loader = super().get_train_dataloader()  # type: ignore[misc]
         args = self.args  # type: ignore[attr-defined]
@@ -208,7 +209,7 @@ class DatasetPasses(Passes):
         self.collate_fn = collate_fn
 
 
-def _weight(batch: Mapping[str, Any]) -> int:
+def _weight(batch: Any) -> int:
     """Return the items over which a mean loss of a batch is taken: labels other than -100."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():

@@ -189,7 +189,7 @@ class ControlCallback(CurvatureCallback):
 
     def __init__(self, trainer: Adaptive, controller: BatchController, **options: Any) -> None:
         every = options.pop("every", None)
-        super().__init__(trainer, **options)  # type: ignore[arg-type]
+        super().__init__(trainer, **options)
         self.steering = Steering(controller, every)
         self._adaptive = trainer
         self._scheduled = 0  # steps of the schedule
@@ -258,7 +258,8 @@ class ControlCallback(CurvatureCallback):
         return Plan(passes.num_examples, total, HOST)
 
     def _planned(self, args: Any) -> int:
-        return round(args.num_train_epochs * self._adaptive.passes.num_examples)
+        planned: int = round(args.num_train_epochs * self._adaptive.passes.num_examples)
+        return planned
 
     def _advance(self, scheduler: Any, done: float) -> None:
         """Let the schedule follow the examples: the host steps it once an update.

@@ -1,6 +1,5 @@
 """A figure of a run that is drawn again after every epoch, in a notebook or in a file."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hessianflow.plots.training_curves import training_curves
+from hessianflow.runs.environment import in_notebook
 from hessianflow.runs.history import History
 
 
@@ -67,9 +67,3 @@ class Live:
 def live(path: str | Path | None = None, *, draw: Callable[..., Figure] = training_curves) -> Live:
     """Return a sink that draws the run after every epoch; see :class:`Live`."""
     return Live(path, draw=draw)
-
-
-def in_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in shell.config

@@ -7,7 +7,7 @@ settings of the run are passed on when it starts.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hessianflow.interfaces import HessianFlowError
@@ -93,7 +93,8 @@ class MLflowSink:
         except ImportError:
             raise _absent("MLflowSink", "mlflow") from None
         self._entities = entities
-        self._make = lambda: MlflowClient(tracking_uri)
+        self._make: Callable[[str | None], Any] = MlflowClient
+        self._uri = tracking_uri
         self._client: Any = None
         self._experiment = experiment
         self._name = name
@@ -124,7 +125,7 @@ class MLflowSink:
             self._client = None
 
     def _begin(self) -> None:
-        self._client = client = self._make()
+        self._client = client = self._make(self._uri)
         if self.run_id is None:
             known = client.get_experiment_by_name(self._experiment)
             number = known.experiment_id if known else client.create_experiment(self._experiment)

@@ -9,12 +9,11 @@ from tqdm.auto import tqdm
 
 from hessianflow.interfaces import HessianFlowError, Progress, RecordSink
 from hessianflow.runs import Recorder, rows
+from hessianflow.runs.environment import in_notebook
 from hessianflow.runs.rows import Record
 from hessianflow.training.checks import as_list, check_parts
 from hessianflow.training.course import Course
 
-IS_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-"""Whether progress is shown by a widget of a notebook, which is no terminal."""
 REFRESH_SECONDS = 0.5
 """Time between two readings of figures from the device. This default is our choice."""
 
@@ -55,7 +54,7 @@ class ProgressBar:
         disable: bool | None = None  # tqdm then asks the terminal.
         if show is not None:
             disable = not show
-        elif IS_NOTEBOOK:
+        elif in_notebook():  # which is no terminal
             disable = False
         self._bar: tqdm[Any] = tqdm(
             total=progress.total_epochs * progress.examples_per_epoch,

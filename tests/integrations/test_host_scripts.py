@@ -58,3 +58,27 @@ def test_two_processes_train_one_model(script: str) -> None:
     lines = re.findall(r"batch.*weights -?[\d.]+", text)
     assert len(lines) == 2
     assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_and_shows_figures_tables_and_progress() -> None:
+    for name in ("nbclient", "ipykernel", "pandas"):
+        library(name)
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(FOLDER / "first_steps.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in shown if output.output_type == "error"]
+    kinds = [set(output.get("data", {})) for output in shown]
+    assert sum("image/png" in kind for kind in kinds) >= 3  # live, trajectory, curves
+    text = "\n".join(
+        str(part)
+        for output in shown
+        for part in [*output.get("data", {}).values(), output.get("text", "")]
+    )
+    assert "HessianOperator(" in text
+    assert "<table>" in text
+    assert "100%" in text  # the bar
