@@ -101,7 +101,8 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         self._passes: Passes | None = None
         self._examples = 0  # where a DataLoader makes the batches
         self._loader_batch = 0
-        self._generators: Mapping[str, Any] | None = None
+        self._generators: Mapping[str, Any] | None = None  # until training begins
+        self._place: Mapping[str, Any] | None = None
 
     @property
     def controller(self) -> BatchController | None:
@@ -145,6 +146,9 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         self._passes = data if isinstance(data, Passes) else None
         if self._passes is not None:
             self._share_out(self._passes, trainer)
+            if self._place is not None:  # which Lightning does not keep at the end of a pass
+                self._passes.load_state_dict(self._place)
+                self._place = None
             examples = self._passes.num_examples
         else:
             self._loader_batch = _size_of(data) * trainer.world_size
@@ -228,6 +232,7 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         self._steering.load_state_dict(state_dict["steering"])
         self._examples = state_dict["examples"]
         self._generators = state_dict["generators"]
+        self._place = state_dict["passes"]
 
     def _share_out(self, passes: Passes, trainer: Trainer) -> None:
         """Give each rank its part of every batch, which Lightning does for DataLoaders alone."""

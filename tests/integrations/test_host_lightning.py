@@ -148,6 +148,25 @@ def test_a_resumed_run_is_equal_bit_for_bit(save_at: int, tmp_path: Path) -> Non
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("after_training", [True, False])
+def test_a_run_that_is_resumed_between_two_passes_is_equal(
+    after_training: bool, tmp_path: Path
+) -> None:
+    def run(resume: str | None = None) -> Module:
+        saving = ModelCheckpoint(
+            str(tmp_path), filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=after_training
+        )
+        options: dict[str, Any] = {"enable_checkpointing": True}
+        return fitted(tmp_path, batches(data(), 16), [callback(), saving], resume, **options)[0]
+
+    whole = run()
+    resumed = run(str(tmp_path / "epoch=1.ckpt"))
+    assert whole.sizes == GROWING
+    assert resumed.sizes == GROWING[16:]
+    for mine, theirs in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_with_a_loader_the_batch_grows_by_accumulation(tmp_path: Path) -> None:
     loader = DataLoader(data(), 16, shuffle=True)
     module, trainer = fitted(tmp_path, loader, [callback()])
