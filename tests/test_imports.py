@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": SHARED | {"training", "runs"},
     "plots": SHARED | {"plots", "runs", "upgrade"},
     "distributed": SHARED | {"distributed", "curvature"},
+    "integrations": SHARED
+    | {"integrations", "curvature", "control", "data", "distributed", "optim", "runs"},
     "interfaces": {"interfaces"},
     "batches": {"interfaces", "structure"},
     "structure": set(),

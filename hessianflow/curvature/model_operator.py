@@ -130,6 +130,13 @@ class ModelOperator(Operator):
         twin.is_part = True
         return twin
 
+    def __repr__(self) -> str:
+        """Return one line that says of what and how large the matrix is."""
+        return (
+            f"{type(self).__name__}({type(self._model).__name__}: {self.size:,} weights,"
+            f" norm_mode={self.norm_mode!r}, {self.dtype} on {self.device})"
+        )
+
     def release(self) -> None:
         """Free the kept graph; the next product builds it again, whatever has changed."""
         self._kept = None

@@ -105,6 +105,13 @@ class ExampleStream:
         """Return how many examples of the current epoch all ranks have handed out so far."""
         return self._cursor
 
+    def batches_from(self, position: int) -> int:
+        """Return the number of batches between a position and the end, at the present size."""
+        left = self._num_examples - position
+        # The last of an odd number in batches of two joins the batch before, see the class.
+        joins = self._shuffle and self._batch_size == 2 and left % 2 == 1 and left > 1
+        return -(-left // self._batch_size) - joins
+
     def set_batch_size(self, batch_size: int) -> None:
         """Set the batch size from the very next batch on."""
         self._batch_size = self._checked_batch_size(batch_size)

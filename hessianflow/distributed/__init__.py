@@ -17,6 +17,7 @@ from hessianflow.distributed.world import (
     GroupWorld,
     check_same_program,
     code_fingerprint,
+    current_world,
     launched_world,
 )
 from hessianflow.interfaces.world import GroupReducer, LocalReducer
@@ -34,6 +35,7 @@ __all__ = [
     "broadcast_state",
     "check_same_program",
     "code_fingerprint",
+    "current_world",
     "from_environment",
     "launched_world",
     "local_device",

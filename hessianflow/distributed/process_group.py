@@ -28,6 +28,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 from hessianflow.distributed.plain import dumps, loads
 from hessianflow.distributed.store import gloo_on_this_machine, serve
 from hessianflow.interfaces.errors import HessianFlowError, first_line
+from hessianflow.interfaces.world import GroupReducer, LocalReducer
 
 TIMEOUT_SECONDS = 600.0
 """Time that a rank waits for the others in one collective, torch's own default for NCCL."""
@@ -214,6 +215,22 @@ def enter(
     return ProcessGroupReducer(generation)
 
 
+def current_reducer() -> GroupReducer:
+    """Return a reducer of the process group that this process is in already, or of it alone.
+
+    A group without a backend for the CPU (NCCL alone) gets a second one beside it, of gloo, which
+    all ranks must form together.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return LocalReducer()
+    rank = dist.get_rank()
+    place = Generation(0, rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+    group = None
+    if not any(name in dist.get_backend_config() for name in ("gloo", "mpi")):
+        group = dist.new_group(backend="gloo")
+    return ProcessGroupReducer(place, group)
+
+
 def leave(*, collect: bool = False) -> None:
     """Leave the group together with all its ranks.
 
@@ -235,22 +252,26 @@ def abort() -> None:
 
 
 class ProcessGroupReducer:
-    """The reducer of the default process group, made by :func:`enter` for one `generation`."""
+    """The reducer of the default process group, made by :func:`enter` for one `generation`.
 
-    def __init__(self, generation: Generation) -> None:
+    With `group` it uses that group of the same ranks in place of the default one.
+    """
+
+    def __init__(self, generation: Generation, group: dist.ProcessGroup | None = None) -> None:
         self.generation = generation
+        self._group = group
         self.rank = generation.rank
         self.world_size = generation.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, in `tensor` itself unless it is not contiguous."""
         summed = tensor.contiguous()
-        dist.all_reduce(summed)
+        dist.all_reduce(summed, group=self._group)
         return summed
 
     def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a contiguous tensor in place, and return a function that waits for it."""
-        work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
         assert work is not None
         wait: Callable[[], object] = work.wait
         return wait
@@ -259,23 +280,23 @@ class ProcessGroupReducer:
         """Return rank 0's plain value on every rank; rank 0 keeps its own object."""
         content = dumps(value) if self.rank == 0 else b""
         size = torch.tensor([len(content)])
-        dist.broadcast(size, src=0)
+        dist.broadcast(size, src=0, group=self._group)
         carrier = _carrier(content, int(size))
-        dist.broadcast(carrier, src=0)
+        dist.broadcast(carrier, src=0, group=self._group)
         return value if self.rank == 0 else loads(carrier.numpy().tobytes())
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Replace a contiguous tensor by rank 0's, in place."""
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0, group=self._group)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's plain value, in the order of ranks, on every rank."""
         content = dumps(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(content)]))
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self._group)
         largest = max(int(size) for size in sizes)
         carriers = [torch.empty(largest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(carriers, _carrier(content, largest))
+        dist.all_gather(carriers, _carrier(content, largest), group=self._group)
         return [
             loads(c[: int(size)].numpy().tobytes()) for c, size in zip(carriers, sizes, strict=True)
         ]

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessianflow.distributed.process_group import from_environment, local_device, process_group
+from hessianflow.distributed.process_group import (
+    current_reducer,
+    from_environment,
+    local_device,
+    process_group,
+)
 from hessianflow.distributed.state import average_buffers, broadcast_module, broadcast_state
 from hessianflow.distributed.synchronize import GradientSynchronizer
 from hessianflow.interfaces import AgreedError, HessianFlowError, Shardable, StepResult, Wishes
@@ -198,3 +203,16 @@ def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
         if not any(backend in str(error) for backend in ("gloo", "NCCL")):
             raise
         raise HessianFlowError(f"another rank failed or was ended: {first_line(error)}") from error
+
+
+def current_world(device: torch.device | str = "cpu") -> GroupWorld:
+    """Return the world of the process group that somebody else formed, or of this process alone.
+
+    For training under torchrun, accelerate, Lightning or a `DistributedDataParallel` of your own:
+    `hf.distributed.sharded(hf.distributed.current_world())` is the `operator` of a probe that
+    measures the examples of all ranks. All ranks must call this together. The group stays as it is.
+
+    Args:
+        device: Device on which this rank's model and data belong.
+    """
+    return GroupWorld(current_reducer(), device)

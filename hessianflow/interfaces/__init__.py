@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         ResizableBatches,
         Rewindable,
         SecondOrder,
+        TakesConfig,
         TellsPlace,
         WantsClosure,
     )
@@ -111,6 +112,7 @@ __all__ = [
     "Shardable",
     "Stateful",
     "StepResult",
+    "TakesConfig",
     "TellsPlace",
     "WantsClosure",
     "Wishes",

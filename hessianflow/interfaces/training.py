@@ -174,6 +174,14 @@ class RecordSink(Protocol):
 
 
 @runtime_checkable
+class TakesConfig(Protocol):
+    """A sink that also wants the settings of the run, before the first record."""
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Take the content of config.json."""
+
+
+@runtime_checkable
 class BindsParameters(Protocol):
     """An observer that must know the parameters of the gradients."""
 

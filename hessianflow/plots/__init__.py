@@ -1,7 +1,9 @@
 """Figures, tables and reports from the records of runs, which are all that they read.
 
-Functions that draw return a figure that is not bound to pyplot. They raise a HessianFlowError if no
-run is given, a folder is no run directory, a file is damaged, or a path cannot be written.
+Functions that draw return a figure that is not bound to pyplot, and which a notebook shows. Given
+`ax=`, or `axes=` where they draw several, they draw in these, and return their figure. They raise a
+HessianFlowError if no run is given, a folder is no run directory, a file is damaged, or a path
+cannot be written.
 """
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table
@@ -10,6 +12,7 @@ from hessianflow.plots.dual_batch import accuracy_over_time, batch_and_resolutio
 from hessianflow.plots.edge_share import edge_share, has_edge_share
 from hessianflow.plots.html import report
 from hessianflow.plots.landscape import landscape
+from hessianflow.plots.live import Live, live
 from hessianflow.plots.robustness import robustness
 from hessianflow.plots.scaling import scaling
 from hessianflow.plots.spectra import spectral_density
@@ -19,6 +22,7 @@ from hessianflow.plots.workers import has_workers, workers
 
 __all__ = [
     "ComparisonTable",
+    "Live",
     "accuracy_over_time",
     "batch_and_resolution",
     "commit_timeline",
@@ -30,6 +34,7 @@ __all__ = [
     "has_edge_share",
     "has_workers",
     "landscape",
+    "live",
     "report",
     "robustness",
     "scaling",

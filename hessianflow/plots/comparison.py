@@ -109,34 +109,39 @@ def compare_table(runs: RunSource | Iterable[RunSource]) -> ComparisonTable:
     )
 
 
-def compare(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+def compare(
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
+) -> Figure:
     """Draw evaluation accuracy over optimizer updates and over training time.
 
     Args:
         runs: run directories or objects with `.records`; those that differ in their seed only share
             a colour.
         path: file for a PNG; None writes none.
+        axes: Two axes to draw in; None for those of a new figure.
     """
     groups = group_runs(read_runs(runs))
-    figure = style.new_figure(9.0, 4.6)
-    by_updates, by_seconds = figure.subplots(1, 2, sharey=True)
+    figure, (by_updates, by_seconds) = style.canvas(axes, 9.0, 4.6, 1, 2, sharey=True)
     for index, group in enumerate(groups):
         for run in group.runs:
             rows = run.of_kind("epoch")
             accuracy = 100 * column(rows, "eval_accuracy")
             look = style.look(index, accuracy)
             end = style.marker(index) or "o"
-            for axes, x in (
+            for panel, x in (
                 (by_updates, column(rows, "updates")),
                 (by_seconds, np.cumsum(column(rows, "seconds"))),
             ):
-                axes.plot(x, accuracy, linewidth=1.3, alpha=0.8, **look)
-                axes.plot(x[-1:], accuracy[-1:], end, markersize=5, color=style.colour(index))
+                panel.plot(x, accuracy, linewidth=1.3, alpha=0.8, **look)
+                panel.plot(x[-1:], accuracy[-1:], end, markersize=5, color=style.colour(index))
     style.finish(by_updates, "optimizer updates", "evaluation accuracy (%)")
     style.finish(by_seconds, "wall time (s)", "")
     style.examples_axis(by_updates)
     style.examples_axis(by_seconds)
-    style.legend_below(figure, style.run_handles(_legend(groups)))
+    style.legend_below(figure, style.run_handles(_legend(groups)), axes)
     style.save(figure, path)
     return figure
 

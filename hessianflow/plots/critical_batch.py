@@ -21,6 +21,8 @@ def critical_batch(
     critical: int,
     path: str | Path | None = None,
     title: str = "Branches at several batch sizes",
+    *,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the excess of losses over the batch size, with the tolerance and the critical batch.
 
@@ -32,6 +34,7 @@ def critical_batch(
         critical: the critical batch size.
         path: file for a PNG; None writes none.
         title: title of the figure.
+        ax: Axes to draw in; None for those of a new figure.
 
     Returns:
         The figure, not bound to pyplot.
@@ -41,8 +44,7 @@ def critical_batch(
     """
     if not sizes:
         raise HessianFlowError("sizes must hold at least one batch size")
-    figure = style.new_figure(6.5, 4.2)
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 6.5, 4.2)
     batch = np.array([row["batch_size"] for row in sizes], dtype=float)
     axes.axhspan(-1e6, 100 * tolerance, color=style.GREY, alpha=0.12, linewidth=0)
     low, high = _draw(axes, batch, sizes, tolerance)

@@ -37,17 +37,20 @@ SHOWN_WORKERS = 50
 
 
 def accuracy_over_time(
-    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
 ) -> Figure:
     """Draw evaluation accuracy over the server's clock (predicted in a simulation) and wall time.
 
     Args:
         runs: one or several runs; those without a server are drawn in the second panel only.
         path: file for a PNG; None writes none.
+        axes: Two axes to draw in; None for those of a new figure.
     """
     read = read_runs(runs)
-    figure = style.new_figure(9.0, 3.8)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = style.canvas(axes, 9.0, 3.8, 1, 2, sharey=True)
     for index, run in enumerate(read):
         rows = run.of_kind("epoch")
         accuracy = 100 * column(rows, "eval_accuracy")
@@ -57,15 +60,19 @@ def accuracy_over_time(
         right.plot(np.cumsum(column(rows, "seconds")), accuracy, **look)
     style.finish(left, "seconds on the server's clock (simulated: predicted)", "test accuracy (%)")
     style.finish(right, "seconds of this machine", "")
-    for axes in (left, right):
-        axes.set_xlim(left=0)
-    style.legend_below(figure, style.run_handles([run.name for run in read]))
+    for panel in (left, right):
+        panel.set_xlim(left=0)
+    style.legend_below(figure, style.run_handles([run.name for run in read]), axes)
     style.save(figure, path)
     return figure
 
 
 def commit_timeline(
-    run: RunSource, path: str | Path | None = None, *, epochs: int = SHOWN_EPOCHS
+    run: RunSource,
+    path: str | Path | None = None,
+    *,
+    epochs: int = SHOWN_EPOCHS,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw every local epoch as a bar from pull to push, in one line for each worker.
 
@@ -75,6 +82,7 @@ def commit_timeline(
         run: a run on a parameter server.
         path: file for a PNG; None writes none.
         epochs: number of epochs to show, from the first.
+        ax: Axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: the run has no commit.
@@ -87,8 +95,7 @@ def commit_timeline(
     every = sorted({int(number(row, "worker")) for row in commits})
     workers = every[:SHOWN_WORKERS]
     shown = [row for row in commits[: epochs * len(every)] if int(number(row, "worker")) in workers]
-    figure = style.new_figure(9.0, 1.6 + 0.45 * len(workers))
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 9.0, 1.6 + 0.45 * len(workers))
     _draw_bars(axes, shown, _small_workers(read))
     style.finish(axes, "seconds on the server's clock", "worker")
     axes.set_yticks(workers)
@@ -101,7 +108,7 @@ def commit_timeline(
     axes.set_title(title, fontsize=9, loc="left")
     looks = (("small batch", SMALL), ("large batch", LARGE), ("waiting for others", WAITING))
     handles = [Patch(color=colour, label=name) for name, colour in looks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    style.legend_below(figure, handles, ax)
     style.save(figure, path)
     return figure
 
@@ -122,12 +129,18 @@ def _draw_bars(axes: Axes, commits: Sequence[Row], small: set[int]) -> None:
         free[worker] = ended
 
 
-def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figure:
+def batch_and_resolution(
+    run: RunSource,
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
+) -> Figure:
     """Draw batch sizes (of both kinds of workers if there are two) and resolution over epochs.
 
     Args:
         run: a run on a parameter server or with a schedule of resolutions.
         path: file for a PNG; None writes none.
+        axes: Two axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: the run records no resolution.
@@ -135,8 +148,7 @@ def batch_and_resolution(run: RunSource, path: str | Path | None = None) -> Figu
     [read] = read_runs([run])
     rows = read.of_kind("epoch")
     edges, sides = _resolutions(read, rows)
-    figure = style.new_figure(9.0, 4.6)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure, (top, bottom) = style.canvas(axes, 9.0, 4.6, 2, 1, sharex=True)
     _draw_batches(top, read, rows)
     bottom.step(edges, sides, where="post", color=style.COLOURS[2], linewidth=1.6)
     style.finish(bottom, "epochs", "resolution (pixels)")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -17,7 +18,12 @@ def has_edge_share(runs: Iterable[RunSource]) -> bool:
     return any(len(_readings(run)[0]) for run in read_runs(runs))
 
 
-def edge_share(runs: RunSource | Iterable[RunSource], path: str | Path | None = None) -> Figure:
+def edge_share(
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Figure:
     """Draw the share of the stable threshold in use (logarithmic) over epochs.
 
     The share is rate * sharpness / threshold in the optimizer's own geometry, see
@@ -28,6 +34,7 @@ def edge_share(runs: RunSource | Iterable[RunSource], path: str | Path | None = 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
+        ax: Axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: no reading of any run holds a positive share.
@@ -40,8 +47,7 @@ def edge_share(runs: RunSource | Iterable[RunSource], path: str | Path | None = 
             f"no reading of {names} holds a share of the edge: train with a probe that knows the"
             " optimizer, as `hessianflow train --curvature epoch` does"
         )
-    figure = style.new_figure(9.0, 4.5)
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 9.0, 4.5)
     for index, (epochs, shares) in enumerate(drawn):
         axes.plot(epochs, shares, linewidth=1.4, **style.look(index, shares))
     axes.axhline(1.0, color=style.GREY, linewidth=1, linestyle="--")
@@ -49,7 +55,7 @@ def edge_share(runs: RunSource | Iterable[RunSource], path: str | Path | None = 
     style.log_axis(axes, [1.0, *np.concatenate([shares for _, shares in drawn])])
     style.epochs_axis(axes)
     edge = Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="edge")
-    style.legend_below(figure, [*style.run_handles(_labels(read)), edge])
+    style.legend_below(figure, [*style.run_handles(_labels(read)), edge], ax)
     style.save(figure, path)
     return figure
 

@@ -24,6 +24,7 @@ def landscape(
     path: str | Path | None = None,
     *,
     title: str = "Loss landscape",
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw a curve (one direction) or contours (two directions) of the loss.
 
@@ -35,6 +36,7 @@ def landscape(
         betas: steps along the second direction, shape [m]; None: one direction.
         path: file for a PNG; None writes none.
         title: title above the axes.
+        ax: Axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: the shapes do not fit, a direction has fewer than two points, or no loss
@@ -54,8 +56,7 @@ def landscape(
         )
     if not np.isfinite(z).any():
         raise HessianFlowError("losses must hold at least one finite value: take smaller steps")
-    figure = style.new_figure(6.5, height)
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 6.5, height)
     if betas is None:
         _curve(axes, a, z)
     else:

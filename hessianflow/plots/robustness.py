@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hessianflow.interfaces import HessianFlowError
@@ -17,6 +18,8 @@ def robustness(
     eps: Sequence[float],
     accuracies: Mapping[str, Sequence[tuple[float, float, float]]],
     path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw one line for each attack, with its confidence interval as a band.
 
@@ -24,6 +27,7 @@ def robustness(
         eps: sizes of the perturbation, in the units of pixels scaled to [0, 1].
         accuracies: (value, lower end, upper end) for every size, in [0, 1], by name of the attack.
         path: file for a PNG; None writes none.
+        ax: Axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: there is no attack, or an attack has not one triple for each size.
@@ -32,8 +36,7 @@ def robustness(
         raise HessianFlowError(
             f"accuracies must hold {len(eps)} triples for each of one or more attacks"
         )
-    figure = style.new_figure(6.5, 4.2)
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 6.5, 4.2)
     order = np.argsort(eps)
     sizes = np.asarray(eps, dtype=float)[order]
     for index, (name, triples) in enumerate(accuracies.items()):

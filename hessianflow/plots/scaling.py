@@ -21,12 +21,18 @@ _SHOWN = ("step", "bandwidth", "latency", "batches")
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
-def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
+def scaling(
+    plan: Mapping[str, Any],
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
+) -> Figure:
     """Draw the predicted time of a run, and the efficiency, over the number of workers.
 
     Args:
         plan: the content of plan.json.
         path: file for a PNG; None writes none.
+        axes: Two axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: the plan holds no prediction.
@@ -36,8 +42,7 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         raise HessianFlowError("plan must hold at least one prediction, got none")
     workers = column(rows, "workers")
     seconds = column(rows, "seconds")
-    figure = style.new_figure(9.0, 4.2)
-    time_axes, share_axes = figure.subplots(1, 2)
+    figure, (time_axes, share_axes) = style.canvas(axes, 9.0, 4.2, 1, 2)
     _draw_time(time_axes, workers, seconds)
     lines = [
         in_figure(f"{name}: {text}")
@@ -45,15 +50,16 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         if name in _SHOWN
     ]
     title = "\n".join(fill(line, 150) for line in lines)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=7, color=style.GREY)
+    if axes is None:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=7, color=style.GREY)
     useful: dict[str, Any] = {"color": style.colour(0), "marker": "o", "markersize": 4}
     spent: dict[str, Any] = {"color": style.colour(1), "marker": "s", "markersize": 4}
     share_axes.plot(workers, 100 * column(rows, "efficiency"), **useful)
     share_axes.plot(workers, 100 * column(rows, "communication"), **spent)
     share_axes.set_ylim(0, 105)
     style.finish(share_axes, "workers", "share (%)")
-    for axes in (time_axes, share_axes):
-        _workers_axis(axes, workers)
+    for panel in (time_axes, share_axes):
+        _workers_axis(panel, workers)
     style.legend_below(
         figure,
         [
@@ -61,6 +67,7 @@ def scaling(plan: Mapping[str, Any], path: str | Path | None = None) -> Figure:
             Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="perfect scaling"),
             Line2D([], [], label="time spent in all-reduces", **spent),
         ],
+        axes,
     )
     style.save(figure, path)
     return figure

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hessianflow.interfaces import HessianFlowError
@@ -42,6 +43,7 @@ def spectral_density(
     path: str | Path | None = None,
     *,
     sigma: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the density of eigenvalues on a logarithmic axis, with its standard error as a band.
 
@@ -49,6 +51,7 @@ def spectral_density(
         density: an object with `.nodes` and `.weights`, or several by name, drawn over each other.
         path: file for a PNG; None writes none.
         sigma: standard deviation of the Gaussians; None: 1 % of the width of the spectrum.
+        ax: Axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: nodes and weights have different or wrong shapes, or are not finite; or
@@ -64,8 +67,7 @@ def spectral_density(
     high = max(float(nodes.max()) for nodes, _ in arrays.values())
     width = _width(low, high, sigma)
     grid = np.linspace(low - 5 * width, high + 5 * width, _POINTS)
-    figure = style.new_figure(9.0, 4.6)
-    axes = figure.subplots()
+    figure, axes = style.canvas(ax, 9.0, 4.6)
     peak = 0.0
     for index, (nodes, weights) in enumerate(arrays.values()):
         mean, error = broaden(nodes, weights, grid, width)
@@ -81,7 +83,7 @@ def spectral_density(
     axes.set_xlim(grid[0], grid[-1])
     style.finish(axes, "eigenvalue", "density (per unit of eigenvalue)")
     if len(arrays) > 1:
-        style.legend_below(figure, style.run_handles(list(arrays)))
+        style.legend_below(figure, style.run_handles(list(arrays)), ax)
     probes = sorted({len(nodes) for nodes, _ in arrays.values()})
     axes.set_title(_title(probes, width), loc="left", fontsize=10)
     style.save(figure, path)

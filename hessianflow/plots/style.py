@@ -1,5 +1,6 @@
 """The look of all figures, and how they are saved; pyplot and its global state are not used."""
 
+import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -23,6 +25,7 @@ from matplotlib.ticker import (
 )
 
 from hessianflow.checks import in_home
+from hessianflow.interfaces import HessianFlowError
 from hessianflow.runs.files import replacing, telling
 from hessianflow.runs.text import in_figure
 
@@ -76,9 +79,53 @@ def new_figure(
 
     The layout "constrained" keeps labels and legends from overlapping.
     """
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure = Picture(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+class Picture(Figure):
+    """A figure that a notebook shows as a picture, whether or not pyplot was set up there."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with without_glyph_warnings():
+            self.savefig(buffer, format="png", dpi=DPI)
+        return buffer.getvalue()
+
+
+def canvas(
+    own: Any, width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure and its axes: those of the user, or new ones of this size in inches.
+
+    Args:
+        own: Axes, or several of them in an array or a list; None for a new figure.
+        width: Width of a new figure.
+        height: Height of a new figure.
+        rows: Rows of axes.
+        columns: Columns of axes.
+        options: Options of `Figure.subplots`.
+
+    Returns:
+        The figure, and the axes as `Figure.subplots` returns them.
+
+    Raises:
+        HessianFlowError: `own` does not hold as many axes as are drawn.
+    """
+    if own is None:
+        figure = new_figure(width, height)
+        return figure, figure.subplots(rows, columns, **options)
+    axes = np.asarray(own, dtype=object)
+    if axes.size != rows * columns:
+        raise HessianFlowError(
+            f"this figure has {rows * columns} axes, got {axes.size}: pass those of"
+            f" matplotlib.pyplot.subplots({rows}, {columns})"
+        )
+    figure = axes.flat[0].get_figure(root=True)
+    if axes.size == 1:
+        return figure, axes.flat[0]
+    return figure, axes.reshape([size for size in (rows, columns) if size > 1])
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str) -> None:
@@ -158,15 +205,22 @@ def cell(value: float | None, form: str) -> str:
     return format(value, form)
 
 
-def legend_columns(handles: Sequence[Line2D]) -> int:
+def legend_columns(handles: Sequence[Artist]) -> int:
     """Return the number of legend columns that fit below a figure nine inches wide."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     return max(1, min(4, len(handles), 110 // (longest + 8)))
 
 
-def legend_below(figure: Figure, handles: list[Line2D]) -> None:
-    """Add one legend below all axes, for which the constrained layout makes room."""
+def legend_below(figure: Figure, handles: Sequence[Artist], own: Any = None) -> None:
+    """Add one legend below all axes, for which the constrained layout makes room.
+
+    Among axes of the user's `own`, it goes into the last one.
+    """
     look: dict[str, Any] = {"ncols": legend_columns(handles), "frameon": False, "fontsize": 9}
+    if own is not None:
+        last = np.asarray(own, dtype=object).flat[-1]
+        last.legend(handles=handles, frameon=False, fontsize=8)
+        return
     figure.legend(handles=handles, loc="outside lower center", **look)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,28 +18,31 @@ _LOG_SPAN = 30.0
 
 
 def training_curves(
-    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
 ) -> Figure:
     """Draw loss and accuracy over epochs and updates, learning rate and batch size over epochs.
 
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
+        axes: Six axes to draw in; None for those of a new figure.
     """
     read = read_runs(runs)
-    figure = style.new_figure(9.0, 9.0)
-    axes = figure.subplots(3, 2)
-    _draw_measure(axes[0, 0], read, "epoch", "loss")
-    _draw_measure(axes[0, 1], read, "updates", "loss")
-    _draw_measure(axes[1, 0], read, "epoch", "accuracy")
-    _draw_measure(axes[1, 1], read, "updates", "accuracy")
-    _draw_learning_rate(axes[2, 0], read)
-    _draw_batch_by_epoch(axes[2, 1], read)
+    figure, drawn = style.canvas(axes, 9.0, 9.0, 3, 2)
+    _draw_measure(drawn[0, 0], read, "epoch", "loss")
+    _draw_measure(drawn[0, 1], read, "updates", "loss")
+    _draw_measure(drawn[1, 0], read, "epoch", "accuracy")
+    _draw_measure(drawn[1, 1], read, "updates", "accuracy")
+    _draw_learning_rate(drawn[2, 0], read)
+    _draw_batch_by_epoch(drawn[2, 1], read)
     kinds = [
         Line2D([], [], color=style.GREY, linestyle="-", label="evaluation"),
         Line2D([], [], color=style.GREY, linestyle="--", linewidth=1, label="training"),
     ]
-    style.legend_below(figure, [*style.run_handles([run.name for run in read]), *kinds])
+    style.legend_below(figure, [*style.run_handles([run.name for run in read]), *kinds], axes)
     style.save(figure, path)
     return figure
 

@@ -35,7 +35,10 @@ _MARKS = {
 
 
 def curvature_trajectory(
-    runs: RunSource | Iterable[RunSource], path: str | Path | None = None
+    runs: RunSource | Iterable[RunSource],
+    path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the top eigenvalue (logarithmic) and the batch size (second axis) over examples.
 
@@ -48,6 +51,7 @@ def curvature_trajectory(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
+        ax: Axes to draw in, which get a twin for the batch size; None for those of a new figure.
     """
     read = read_runs(runs)
     every = (e for i, r in enumerate(read) for e in growths(r, style.colour(i)))
@@ -67,7 +71,10 @@ def curvature_trajectory(
     else:
         names = [name + mode for name, mode in zip(names, modes, strict=True)]
     handles = [*style.run_handles(names), *_mark_handles(present)]
-    figure, axes = _layout(events, handles)
+    if ax is None:
+        figure, axes = _layout(events, handles)
+    else:
+        figure, axes = _among_others(ax, events, handles)
     batch_axes = axes.twinx()
     for index, (run, of_run) in enumerate(zip(read, marks, strict=True)):
         _draw_eigenvalues(axes, run, of_run, index)
@@ -83,7 +90,7 @@ def curvature_trajectory(
     shown = [of_run[name] for of_run in marks for name in _MARKS if name != "missing"]
     style.log_axis(axes, [y for _, heights in shown for y in heights])
     style.examples_axis(axes)
-    mark(axes, events, (_WIDTH - 2 * _SIDE) * 72)
+    mark(axes, events, axes.get_window_extent().width * 72 / figure.dpi)
     style.save(figure, path)
     return figure
 
@@ -103,6 +110,16 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
         figure.text(_SIDE / _WIDTH, y, text, color=colour, fontsize=8, va="top")
     figure.text(_SIDE / _WIDTH, 1 - 0.1 / height, "Curvature and batch size", fontsize=11, va="top")
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure, axes
+
+
+def _among_others(ax: Axes, events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Axes]:
+    """Add legend and key to axes of the user's, the key below the label of the x axis."""
+    figure, axes = style.canvas(ax, _WIDTH, _PLOT_HEIGHT)
+    axes.legend(handles=handles, frameon=False, fontsize=8)
+    place: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 7}
+    for number, (text, colour) in enumerate(key(events)):
+        axes.text(0, -0.18 - 0.05 * number, text, color=colour, **place)
     return figure, axes
 
 

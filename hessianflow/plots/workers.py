@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,12 +30,18 @@ def has_workers(run: RunSource) -> bool:
     return any("workers" in row for row in read_runs([run])[0].of_kind("event"))
 
 
-def workers(run: RunSource, path: str | Path | None = None) -> Figure:
+def workers(
+    run: RunSource,
+    path: str | Path | None = None,
+    *,
+    axes: Any = None,
+) -> Figure:
     """Draw workers, batch size and throughput of an elastic run over seconds, with its events.
 
     Args:
         run: run directory or object with `.records`.
         path: file for a PNG; None writes none.
+        axes: Three axes to draw in; None for those of a new figure.
 
     Raises:
         HessianFlowError: the run is not elastic.
@@ -49,8 +56,7 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
         raise HessianFlowError(
             f"{read.name} is no elastic run: none of its events holds a number of workers"
         )
-    figure = style.new_figure(9.0, 7.0)
-    world, batch, rate = figure.subplots(3, 1, sharex=True)
+    figure, (world, batch, rate) = style.canvas(axes, 9.0, 7.0, 3, 1, sharex=True)
     shown = _draw_world(world, events)
     _draw_measured(batch, rate, read)
     rate.set_xlim(left=0)
@@ -59,7 +65,7 @@ def workers(run: RunSource, path: str | Path | None = None) -> Figure:
         for marker, colour, text in dict.fromkeys(_MARKS[kind] for kind in _MARKS if kind in shown)
     ]
     if handles:
-        style.legend_below(figure, handles)
+        style.legend_below(figure, handles, axes)
     style.save(figure, path)
     return figure
 

@@ -7,5 +7,6 @@ imports none of them.
 from hessianflow.runs.history import History
 from hessianflow.runs.recorder import Recorder
 from hessianflow.runs.sinks import LogSink, TensorBoardSink
+from hessianflow.runs.trackers import MLflowSink, WandbSink
 
-__all__ = ["History", "LogSink", "Recorder", "TensorBoardSink"]
+__all__ = ["History", "LogSink", "MLflowSink", "Recorder", "TensorBoardSink", "WandbSink"]

@@ -7,6 +7,7 @@ perhaps half of one; that last line is skipped silently.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,24 @@ from hessianflow.runs.rows import Record, row_fault
 
 LONGEST_LINE = 2**20
 """Most bytes of a row. This default is our choice: runs write rows of a few hundred."""
+SHOWN_EPOCHS = 10
+"""Epochs that a notebook shows, the last ones. Our choice."""
+SHOWN_FIELDS = (
+    "epoch",
+    "updates",
+    "batch_size",
+    "lr",
+    "train_loss",
+    "eval_loss",
+    "eval_accuracy",
+    "seconds",
+)
+"""Fields of an epoch that a notebook shows."""
 Damaged = Literal["refuse", "skip"]
 """Treatment of a damaged line: refuse the file, or skip the line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class History:
     """The records of one run, in the order they were made.
 
@@ -80,6 +94,40 @@ class History:
         """Return the rows of the decisions that made the batch larger."""
         return [row for row in self.of_kind("batch") if row["to"] > row["from"]]
 
+    def to_pandas(self, kind: str = "epoch") -> Any:
+        """Return the rows of one kind as a DataFrame, in order, with their fields as columns.
+
+        Args:
+            kind: "epoch", "curvature", "batch", "event", ... or "" for the rows of all kinds.
+
+        Raises:
+            HessianFlowError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise HessianFlowError(
+                "History.to_pandas needs the package pandas: pip install 'hessianflow[notebook]';"
+                f" History.of_kind({kind!r}) returns the rows as dicts"
+            ) from None
+        return DataFrame(self.of_kind(kind) if kind else list(self.records))
+
+    def __repr__(self) -> str:
+        """Return one line that says what the run did, and not all its rows."""
+        return f"History({'; '.join(_facts(self))})"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the last epochs, as a notebook shows it."""
+        rows = self.epochs[-SHOWN_EPOCHS:]
+        names = [name for name in SHOWN_FIELDS if any(row.get(name) is not None for row in rows)]
+        head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(_cell(row.get(name)))}</td>" for name in names) + "</tr>"
+            for row in rows
+        )
+        title = escape("; ".join(_facts(self)))
+        return f"<p>{title}</p><table><tr>{head}</tr>{body}</table>"
+
     def fact(self, name: str) -> Any:
         """Return a fact about the trainer, which config.json must hold ("examples_per_epoch")."""
         facts = self.config.get("trainer", {})
@@ -89,6 +137,29 @@ class History:
                 f"{where} holds no trainer.{name}: the file is damaged, or of another program"
             )
         return facts[name]
+
+
+def _facts(history: History) -> list[str]:
+    """Return what a run did, in a few words each."""
+    facts = []
+    if history.run_dir is not None:
+        facts.append(str(history.run_dir))
+    facts.append(f"{len(history.epochs)} epochs")
+    if history.epochs:
+        last = history.epochs[-1]
+        facts.append(f"{last.get('updates')} updates")
+        facts.append(f"batch {last.get('batch_size')}")
+    facts.append(f"{len(history.curvature)} curvature readings")
+    facts.append(f"{len(history.growths)} growths of the batch")
+    if "status" in history.summary:
+        facts.append(str(history.summary["status"]))
+    return facts
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def read_records(path: Path, damaged: Damaged = "refuse") -> list[Record]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hessianflow.checks import in_home
-from hessianflow.interfaces import HessianFlowError, RecordSink
+from hessianflow.interfaces import HessianFlowError, RecordSink, TakesConfig
 from hessianflow.runs.documents import read_config
 from hessianflow.runs.environment import environment
 from hessianflow.runs.files import finite, telling, write_json, write_text, write_yaml
@@ -40,6 +40,7 @@ class Recorder:
             HessianFlowError: The directory already holds a run, or cannot be written.
         """
         self._config = {**config, "environment": environment()}
+        self._tell_sinks()
         if self.run_dir is None:
             return
         existed = self.run_dir.exists()
@@ -79,6 +80,7 @@ class Recorder:
         if self._claim is None:
             self.hold(run_dir)
         self._config = dict(read_config(run_dir))
+        self._tell_sinks()
         path = run_dir / HISTORY
         with telling("write", path):
             path.touch()  # a run killed before its first row may have none
@@ -147,6 +149,11 @@ class Recorder:
     def history(self) -> History:
         """Return everything written so far."""
         return History(list(self.records), self._config, self._summary, self.run_dir)
+
+    def _tell_sinks(self) -> None:
+        for sink in self._sinks:
+            if isinstance(sink, TakesConfig):
+                sink.configure(self._config)
 
     def _write_first(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
         """Write the files that a run begins with, or none of them.

@@ -1,6 +1,6 @@
 """The training loop, its settings, and its records and checkpoints."""
 
-from hessianflow.runs import History, LogSink, TensorBoardSink
+from hessianflow.runs import History, LogSink, MLflowSink, TensorBoardSink, WandbSink
 from hessianflow.training.best import Best
 from hessianflow.training.divergence import Divergence
 from hessianflow.training.evaluate import Evaluation, evaluate
@@ -25,12 +25,14 @@ __all__ = [
     "Every",
     "History",
     "LogSink",
+    "MLflowSink",
     "Metrics",
     "Passes",
     "ProgressiveResize",
     "Reporting",
     "Schedule",
     "TensorBoardSink",
+    "WandbSink",
     "check_resolutions",
     "evaluate",
     "exposed_loss",

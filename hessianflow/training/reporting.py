@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hessianflow.interfaces import HessianFlowError, Progress, RecordSink
 from hessianflow.runs import Recorder, rows
+from hessianflow.runs.environment import in_notebook
 from hessianflow.runs.rows import Record
 from hessianflow.training.checks import as_list, check_parts
 from hessianflow.training.course import Course
@@ -24,7 +25,8 @@ class Reporting:
     Attributes:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
-        show_progress: whether a progress bar is shown; None: only on a terminal.
+        show_progress: whether a progress bar is shown; None: on a terminal or in a
+            notebook.
     """
 
     sinks: Iterable[RecordSink] = ()
@@ -44,13 +46,16 @@ class Reporting:
 class ProgressBar:
     """Shows the share of the run that is over, the time it will take, and the latest figures.
 
-    With `show` True it always does, with False never, and with None only on a terminal.
+    With `show` True it always does, with False never, and with None on a terminal or in a
+    notebook.
     """
 
     def __init__(self, progress: Progress, show: bool | None) -> None:
         disable: bool | None = None  # tqdm then asks the terminal.
         if show is not None:
             disable = not show
+        elif in_notebook():  # which is no terminal
+            disable = False
         self._bar: tqdm[Any] = tqdm(
             total=1.0,
             initial=progress.fraction,

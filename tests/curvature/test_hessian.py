@@ -479,3 +479,12 @@ def test_the_gpu_agrees_with_the_cpu():
     reference = expected @ v
     operator = HessianOperator(problem.model.cuda(), problem.loss_fn, problem.pair)
     torch.testing.assert_close((operator @ v.cuda()).cpu(), reference, rtol=1e-3, atol=1e-5)
+
+
+def test_an_operator_says_in_one_line_what_it_is():
+    model = nn.Linear(3, 2)
+    operator = HessianOperator(
+        model, nn.CrossEntropyLoss(), (torch.ones(4, 3), torch.zeros(4).long())
+    )
+    expected = "HessianOperator(Linear: 8 weights, norm_mode='eval', torch.float32 on cpu)"
+    assert repr(operator) == expected

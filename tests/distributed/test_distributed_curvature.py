@@ -2,10 +2,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import classification, mlp
 from ranks import LOCAL, data, network
+from torch import nn
 
-from hessianflow.curvature import CallableOperator, HessianOperator, NonFiniteError, top_eigenpairs
-from hessianflow.distributed.curvature import AllReducedOperator, shard
+from hessianflow.curvature import (
+    CallableOperator,
+    CurvatureProbe,
+    HessianOperator,
+    NonFiniteError,
+    top_eigenpairs,
+)
+from hessianflow.distributed import current_world
+from hessianflow.distributed.curvature import AllReducedOperator, shard, sharded
 from hessianflow.distributed.launch import run_local
 
 EXAMPLES = 31  # 15 + 16 on two ranks
@@ -107,3 +116,24 @@ def test_a_rank_without_examples_adds_nothing():
 def test_no_examples_at_all():
     with pytest.raises(ValueError, match="no rank has an example"):
         AllReducedOperator(CallableOperator(lambda v: v, 2), LOCAL, weight=0)
+
+
+def in_a_group_of_another(reducer):
+    """As in a loop under accelerate, or with a DistributedDataParallel of the user's own."""
+    world = current_world()
+    problem = classification(mlp((5, 8, 4)), (5,), 32, 4)
+    model = nn.parallel.DistributedDataParallel(problem.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"optimizer": optimizer, "operator": sharded(world), "tol": 1e-6}
+    probe = CurvatureProbe(model, problem.loss_fn, problem.pair, **options)
+    reading = probe()
+    assert (world.rank, world.world_size) == (reducer.rank, 2)
+    alone = CurvatureProbe(problem.model, problem.loss_fn, problem.pair, which="LA", tol=1e-6)()
+    return reading.eigenvalue, alone.eigenvalue, reading.details["edge_share"]
+
+
+def test_a_probe_joins_the_group_that_is_there():
+    first, second = run_local(in_a_group_of_another, 2)
+    assert first == second
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[2] == pytest.approx(0.1 * first[0] / 2, rel=1e-5)

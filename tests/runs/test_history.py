@@ -3,6 +3,7 @@ name."""
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,33 @@ def test_damaged_step_times_are_named(tmp_path: Path, text: str, words: str):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(HessianFlowError, match=words):
         read_measurement(tmp_path / "plan.json")
+
+
+def ended() -> History:
+    rows = [epoch(1), epoch(2), curvature(2)]
+    return History(rows, summary={"status": "finished"}, run_dir=Path("runs/<one>"))
+
+
+def test_a_history_is_one_line_and_a_table_in_a_notebook() -> None:
+    text = repr(ended())
+    assert text.startswith("History(runs/<one>; 2 epochs; ")
+    assert "1 curvature readings" in text
+    assert "\n" not in text
+    html = ended()._repr_html_()
+    assert "runs/&lt;one&gt;" in html
+    assert html.count("<tr>") == 3
+    assert repr(History([])) == "History(0 epochs; 0 curvature readings; 0 growths of the batch)"
+
+
+def test_rows_become_a_data_frame_where_pandas_is() -> None:
+    pytest.importorskip("pandas")
+    frame = ended().to_pandas()
+    assert list(frame["epoch"]) == [1, 2]
+    assert len(ended().to_pandas("curvature")) == 1
+    assert len(ended().to_pandas("")) == 3
+
+
+def test_without_pandas_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(HessianFlowError, match=r"needs the package pandas: pip install .*notebook"):
+        ended().to_pandas()
