@@ -218,7 +218,7 @@ def check_options(
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(
             "dataset must be map-style, with a length and items by index, got"
-            f" {type(dataset).__name__}: use hf.data.StreamBatches for iterable data"
+            f" {type(dataset).__name__}: an iterable data set goes to hf.data.StreamBatches"
         )
     check_numbers(num_workers, chunk_size, prefetch_examples)
 

@@ -26,7 +26,7 @@ class Items:
         return len(self._waiting)
 
     def add(self, _: int, items: list[Any]) -> None:
-        """Append examples."""
+        """Append examples to the queue."""
         self._waiting.extend(items)
 
     def take(self, count: int) -> list[Any]:
@@ -38,7 +38,7 @@ class Items:
         self._waiting.extendleft(reversed(taken))
 
     def clear(self) -> None:
-        """Drop all examples."""
+        """Drop all examples that wait."""
         self._waiting.clear()
 
 
@@ -85,7 +85,7 @@ class Rows:
         self._count += sum(size for size, _ in taken)
 
     def clear(self) -> None:
-        """Drop all examples."""
+        """Drop all examples that wait."""
         self._waiting.clear()
         self._count = 0
 
