@@ -64,7 +64,7 @@ class Stop:
         return inputs, targets
 
 
-def trainer(data: Any, run_dir: Path, stop: int | None = None, **options: Any) -> Any:
+def trainer(data: Any, stop: int | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
     transform = Stop(stop)
@@ -75,7 +75,6 @@ def trainer(data: Any, run_dir: Path, stop: int | None = None, **options: Any) -
         loss_fn=nn.CrossEntropyLoss(),
         epochs=3,
         controller=hf.control.AdaBatch(8, 64, every_epochs=1),
-        run_dir=run_dir,
         transform=transform,
         **options,
     )
@@ -101,27 +100,43 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
             source(), 8, num_examples=length, num_workers=num_workers, chunk_size=5
         )
 
-    whole = trainer(data(), tmp_path / "whole")
+    whole = trainer(data())
     history = whole.fit()
     sizes = [row["to"] for row in history.records if row["kind"] == "batch"]
     assert sizes == [16, 32]
     assert [row["examples"] for row in history.records if row["kind"] == "epoch"] == [150, 300, 450]
     for stop in (5, 18, 20, 31):
-        folder = tmp_path / str(stop)
-        trainer(data(), folder, stop).fit()
-        resumed = trainer(data(), folder)
-        resumed.resume(folder)
+        first = trainer(data(), stop)
+        first.fit()
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        resumed = trainer(data())
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        resumed.fit()
+        assert resumed.progress == whole.progress
         for name, weight in resumed.model.state_dict().items():
             assert torch.equal(weight, whole.model.state_dict()[name]), (stop, name)
 
 
-def test_a_probe_of_the_stream_takes_no_example_from_it(tmp_path: Path) -> None:
-    without = trainer(hf.data.StreamBatches(Noise(), 8), tmp_path / "without")
+def test_a_run_in_a_folder_is_resumed(tmp_path: Path) -> None:
+    def data() -> hf.data.StreamBatches:
+        return hf.data.StreamBatches(Remembered(), 8, num_examples=COUNT)
+
+    whole = trainer(data())
+    whole.fit()
+    trainer(data(), 18, run_dir=tmp_path / "run").fit()
+    resumed = trainer(data(), run_dir=tmp_path / "run")
+    resumed.resume(tmp_path / "run")
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_probe_of_the_stream_takes_no_example_from_it() -> None:
+    without = trainer(hf.data.StreamBatches(Noise(), 8))
     without.fit()
     data = hf.data.StreamBatches(Noise(), 8)
     data.sample(40)
     next(iter(data))  # training begins with the first example even so
-    sampled = trainer(data, tmp_path / "sampled")
+    sampled = trainer(data)
     sampled.fit()
     for one, other in zip(without.model.parameters(), sampled.model.parameters(), strict=True):
         assert torch.equal(one, other)
