@@ -157,7 +157,6 @@ class StreamBatches(StreamPlace):
             yield batch
         self._epoch += 1
         self._cursor = 0
-        self._last = None
         if self._num_examples is None:
             self._begin_lap()
 

@@ -190,6 +190,7 @@ class StreamPlace:
     def _begin_lap(self) -> None:
         self._lap += 1
         self._position = 0
+        self._last = None
         self._reader.start_lap(self._lap)
 
     def _own(self, position: int) -> int:
