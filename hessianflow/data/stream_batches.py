@@ -119,7 +119,6 @@ class StreamBatches(StreamPlace):
             pin_memory=pin_memory,
             seed=seed,
             gives_batches=batched,
-            has_workers=num_workers > 0,
         )
         workers = (num_workers, chunk_size, prefetch_examples, worker_init_fn, persistent_workers)
         reader = Reader(
@@ -195,7 +194,7 @@ class StreamBatches(StreamPlace):
     def _fill(self, count: int) -> bool:
         """Read until `count` examples wait; return whether the lap has ended before."""
         while len(self._waiting) < count:
-            chunk = self._reader.next_chunk()
+            chunk = self._reader.next_chunk(count - len(self._waiting))
             if chunk is None:
                 return True
             self._waiting.add(*chunk)

@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 
 from hessianflow.batches import map_tensors, take_rows, to_device
 from hessianflow.data import loading
+from hessianflow.data.fingerprint import fingerprint
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.regroup import Items, Rows, join
 from hessianflow.interfaces import Batch
@@ -24,8 +25,6 @@ class BatchMaker:
         pin_memory: Whether to make batches in page-locked memory.
         seed: Seed of what `collate_fn` draws.
         gives_batches: Whether the stream gives batches, not examples.
-        has_workers: Whether workers read, which then stack the examples of a chunk where no
-            `collate_fn` needs the examples themselves.
     """
 
     def __init__(
@@ -37,11 +36,10 @@ class BatchMaker:
         pin_memory: bool,
         seed: int,
         gives_batches: bool,
-        has_workers: bool,
     ) -> None:
         self.device = torch.device(device)
         self.collate = None if collate_fn is default_collate else collate_fn
-        self.is_stacked = has_workers and not gives_batches and self.collate is None
+        self.is_stacked = not gives_batches and self.collate is None
         self.takes_items = not self.is_stacked and not gives_batches
         self._randomness = Randomness(collate_fn)
         self._transform = transform
@@ -94,8 +92,26 @@ class BatchMaker:
 
     def _joined(self, pieces: list[Any]) -> Any:
         if self.is_stacked:
-            return loading.joined([part for _, part in pieces])
+            try:
+                return loading.joined([part for _, part in pieces])
+            except RuntimeError:  # of different sizes, which the other function names
+                return join(pieces)
         return join(pieces)
+
+    def mark(self, taken: list[Any]) -> int | None:
+        """Return the fingerprint of the last example taken; None where the stream gives batches."""
+        if self.takes_items:
+            return fingerprint(taken[-1])
+        if self.is_stacked:
+            count, part = taken[-1]
+            return fingerprint(loading.rows_of(part, slice(count - 1, count)))
+        return None
+
+    def mark_of(self, example: Any) -> int:
+        """Return the fingerprint of an example as it comes from the source."""
+        if self.is_stacked:
+            return fingerprint(loading.stacked([example]))
+        return fingerprint(example)
 
     def _on_device(self, batch: Any) -> Any:
         if self._pin_memory:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from hessianflow.data.fingerprint import fingerprint
 from hessianflow.data.stream_making import BatchMaker
 from hessianflow.data.stream_reader import Reader
 from hessianflow.interfaces import HessianFlowError
@@ -108,8 +107,8 @@ class StreamPlace:
         snapshot = self._reader.snapshot(max(self._position - 1, 0))
         if snapshot is not None:
             state["source"] = list(snapshot)
-        if self._last is not None and self._maker.takes_items:
-            state["mark"] = fingerprint(self._last[1][-1])
+        if self._last is not None:
+            state["mark"] = self._maker.mark(self._last[1])
         return state
 
     def _identity(self) -> dict[str, Any]:

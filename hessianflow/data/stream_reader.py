@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from hessianflow.batches import num_examples, take_rows
 from hessianflow.data import loading
-from hessianflow.data.fingerprint import fingerprint
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.regroup import consumed
 from hessianflow.data.stream_making import BatchMaker
@@ -41,7 +40,7 @@ class Reader:
         maker: What makes batches of the chunks, and says in which form it needs them.
         seed: Seed of what the source draws from the global generators when a lap starts, such as
             the order of a `DataLoader`, and of the workers.
-        chunk_size: Examples that are read at a time.
+        chunk_size: Examples that are read at a time, at least.
         by_count: Whether a state of the source is left alone.
         options: Arguments of the `DataLoader`; without workers none is made.
 
@@ -66,6 +65,7 @@ class Reader:
         self._read_so_far = 0
         self._drop_to = 0
         self._mark: int | None = None
+        self._wanted = 0
         self._seed = seed
         self._maker = maker
         self._chunk_size = chunk_size
@@ -148,8 +148,12 @@ class Reader:
         self._drop_to = position
         self._mark = mark
 
-    def next_chunk(self) -> Chunk | None:
+    def next_chunk(self, wanted: int) -> Chunk | None:
         """Return the next examples, or None at the end of the lap.
+
+        Without workers, a source of examples is read in one piece of at least `wanted`, which is
+        stacked at once where it can be: what waits as a stack takes less time to use than objects
+        that have left the caches of the processor.
 
         Raises:
             HessianFlowError: A worker has died, an example is refused, the source cannot be started
@@ -157,6 +161,7 @@ class Reader:
         """
         if self.has_ended:
             return None
+        self._wanted = wanted
         try:
             chunk = self._chunk()
         except BaseException as error:
@@ -256,7 +261,7 @@ class Reader:
         """Warn if the example before the place is not the one that was there."""
         mark = self._mark
         self._mark = None
-        if count > 0 and mark is not None and fingerprint(example) != mark:
+        if count > 0 and mark is not None and self._maker.mark_of(example) != mark:
             warnings.warn(
                 f"example {self._drop_to - 1} of {self.source.name} differs from the one that was"
                 " there before: either the data change their examples at random, or their order"
@@ -294,8 +299,10 @@ class Reader:
             for batch in self._items:
                 chunk = num_examples(batch), batch
                 break
-        elif items := list(islice(self._items, self._chunk_size)):
+        elif items := list(islice(self._items, max(self._chunk_size, self._wanted))):
             chunk = len(items), items
+            if self._maker.is_stacked:
+                chunk = len(items), loading.stacked(items)
         # A state at the end of a lap would start the next one.
         if chunk is not None and before is not None:
             self._snapshots.append(before)
