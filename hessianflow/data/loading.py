@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
@@ -82,11 +83,29 @@ def stacked(items: list[Any]) -> Any:
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "equal size" in reason or "resize storage" in reason:  # the latter in a worker
-            reason = "tensors or lists of different sizes"
+            reason = unequal_sizes(items) or "tensors or lists of different sizes"
         raise HessianFlowError(
             f"items such as {article(items[0])} cannot be stacked to a batch ({reason}): pass a"
             " collate_fn that pads or gathers them"
         ) from error
+
+
+def unequal_sizes(items: Sequence[Any]) -> str:
+    """Return the first two shapes, or lengths of lists, that differ between items; or nothing."""
+    first = items[0]
+    if isinstance(first, (Tensor, np.ndarray)):
+        other = next((item for item in items if item.shape != first.shape), first)
+        if other is first:
+            return ""
+        return f"tensors of different sizes, {list(first.shape)} and {list(other.shape)}"
+    columns = [entries(item) for item in items]
+    lengths = {len(column) for column in columns if column is not None}
+    if len(lengths) > 1:
+        return f"lists of different sizes, {min(lengths)} and {max(lengths)}"
+    if None in columns:
+        return ""
+    rows = zip(*(column or () for column in columns), strict=True)
+    return next((found for row in rows if (found := unequal_sizes(row))), "")
 
 
 def stacked_chunk(items: list[Any] | HessianFlowError) -> tuple[int, Any] | HessianFlowError:
@@ -199,8 +218,13 @@ def check_options(
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(
             "dataset must be map-style, with a length and items by index, got"
-            f" {type(dataset).__name__}: an iterable data set has no order to resume in"
+            f" {type(dataset).__name__}: an iterable data set goes to hf.data.StreamBatches"
         )
+    check_numbers(num_workers, chunk_size, prefetch_examples)
+
+
+def check_numbers(num_workers: int, chunk_size: int, prefetch_examples: int) -> None:
+    """Refuse numbers out of range, by name."""
     for name, value, least in (
         ("num_workers", num_workers, 0),
         ("chunk_size", chunk_size, 1),

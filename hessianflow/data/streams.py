@@ -37,6 +37,28 @@ def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, stream, *key))
 
 
+def next_size(left: int, batch_size: int) -> int:
+    """Return the size of the next batch where `left` examples of the epoch are left.
+
+    :class:`ExampleStream` says how the last batches of an epoch share its examples.
+    """
+    tail = left - batch_size
+    if tail <= 0:
+        return left
+    # A tail of one example is too short even if a batch has only two.
+    if batch_size == 1 or 2 * tail >= max(batch_size, 3):
+        return batch_size
+    half = -(-left // 2)
+    return half if left - half > 1 else left
+
+
+def examples_to_judge(batch_size: int) -> int:
+    """Return how many examples must be left for the next batch to be full whatever follows."""
+    if batch_size == 1:
+        return 1
+    return batch_size + -(-max(batch_size, 3) // 2)
+
+
 class ExampleStream:
     """Position in an endless sequence of epochs over the examples; base of both kinds of batches.
 
@@ -217,14 +239,9 @@ class ExampleStream:
     def _next_size(self, start: int) -> int:
         """Return the number of examples of the batch that starts at position `start`."""
         left = self._num_examples - start
-        tail = left - self._batch_size
-        if tail <= 0:
-            return left
-        # A tail of one example is too short even if a batch has only two.
-        if not self._shuffle or self._batch_size == 1 or 2 * tail >= max(self._batch_size, 3):
-            return self._batch_size
-        half = -(-left // 2)
-        return half if left - half > 1 else left
+        if not self._shuffle:
+            return min(left, self._batch_size)
+        return next_size(left, self._batch_size)
 
     def _order(self) -> Tensor:
         """Return the example at each position of the epoch, int64 [num_examples] on the CPU."""
