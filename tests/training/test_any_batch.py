@@ -337,6 +337,19 @@ def test_metrics_are_recorded_beside_the_epoch() -> None:
     assert record["mean"] == pytest.approx(float(model(**whole()).logits.mean().detach()))
 
 
+@pytest.mark.parametrize("loss", [hf.ModelLoss(), hf.ModelLoss(weight="next tokens")])
+def test_a_batch_in_which_nothing_counts_moves_nothing(loss: Any) -> None:
+    """Curvature has nothing to divide by, and says so."""
+    model = Model()
+    before = weights(model)
+    padding = [{**row, "labels": torch.full((LENGTH,), -100)} for row in items()]
+    data = hf.data.AdaptiveBatches(padding, ROWS)
+    trained(model, data, loss_fn=loss, passes=Passes(microbatch_size=5))
+    assert torch.equal(weights(model), before)
+    with pytest.raises(hf.HessianFlowError, match="no target counts"):
+        HessianOperator(model, loss, stacked(padding)).mean_loss()
+
+
 @pytest.mark.parametrize(
     ("loss", "collate", "options", "message"),
     [
