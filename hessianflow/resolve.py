@@ -7,7 +7,7 @@ from typing import Any
 
 from hessianflow.bounds import user_path
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, chosen
-from hessianflow.data.datasets import FILE_SIDE, data_set
+from hessianflow.data.datasets import FILE_SIDE, Preset, data_set
 from hessianflow.data.image_files import training_images, usual_side
 from hessianflow.effects import check_resolved
 from hessianflow.facts import RunFacts
@@ -40,7 +40,7 @@ def resolve(config: TrainConfig) -> RunConfig:
     config = fitted(replace(config, data_dir=data_dir, run_dir=run_dir))
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
-    values |= _preferred(config, preset.schedule)
+    values |= _preferred(config, preset)
     run = _facts(values, config.optimizer)
     values["optimizer"] = complete(
         KINDS["optimizer"], config.optimizer, run, preset.methods, "optimizer"
@@ -124,9 +124,11 @@ def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _preferred(config: TrainConfig, usual_schedule: str) -> dict[str, Any]:
+def _preferred(config: TrainConfig, preset: Preset) -> dict[str, Any]:
     """Return schedule, adversary and norm mode: as given, else as the controller prefers."""
-    values: dict[str, Any] = {"schedule": usual_schedule, "norm_mode": "eval", "adversary": "fgsm"}
+    adversary = preset.settings.get("adversary", "fgsm")
+    values: dict[str, Any] = {"norm_mode": "eval", "adversary": adversary}
+    values["schedule"] = preset.schedule
     values |= prefers(KINDS["controller"], config.controller)
     for name, preferred in values.items():
         values[name] = getattr(config, name) or preferred

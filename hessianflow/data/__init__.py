@@ -6,6 +6,7 @@ from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.download import FileReport, fetch, verify
 from hessianflow.data.images import ImageFolder, Normalise
 from hessianflow.data.sampling import AdaptiveBatches
+from hessianflow.data.text import TextBatches, TextSet
 
 __all__ = [
     "AdaptiveBatches",
@@ -15,6 +16,8 @@ __all__ = [
     "ImageFolder",
     "ImageSet",
     "Normalise",
+    "TextBatches",
+    "TextSet",
     "fetch",
     "load",
     "names",

@@ -135,19 +135,21 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
 
 
 def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
-    """Return the rows whose largest score is at the target class, and the targets that count.
+    """Return the targets whose class has the largest score, and the number of those that count.
 
-    Without class scores [B, classes] and class indices [B] it is None. The loss (`averaged`) says
-    which targets count.
+    Without class scores [B, classes, ...] and class indices [B, ...] it is None. The loss
+    (`averaged`) says which targets count.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
-    if outputs.ndim != 2 or targets.ndim != 1 or targets.dtype.is_floating_point:
+    if outputs.ndim < 2 or targets.dtype.is_floating_point:
+        return None
+    if outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None
     hit = outputs.argmax(dim=1) == targets
     ignored = averaged.ignore_index
     if ignored is None:
-        return Hits(hit.sum(), len(targets))
+        return Hits(hit.sum(), targets.numel())
     if ignored >= 0:  # A negative index is no class of the model, and never a hit.
         hit = hit & (targets != ignored)
     counted = averaged.counted
