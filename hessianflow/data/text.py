@@ -210,7 +210,8 @@ def _joined(files: dict[str, Path], split: str, where: str) -> Tensor:
     if not texts:
         raise HessianFlowError(f"{where} holds no text: no file in it has a byte")
     if len(texts) == 1:
-        return _split_of_file(*texts.values(), split).text
+        (only,) = texts.values()
+        return _split_of_file(only, split).text
     for_tests = held_out(list(texts))
     chosen = [name for name in texts if (name in for_tests) == (split == "test")]
     joined = bytearray()
