@@ -254,7 +254,7 @@ class RunConfig(TrainConfig):
 
 _NEVER_FILLED = (
     *("resolution", "resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
-    *("block_length", "channels_last", "overfitting_alarm", "input_curvature"),
+    *("block_length", "channels_last"),
     *("min_workers", "max_workers", "ray_address"),
 )
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""

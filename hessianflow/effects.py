@@ -161,11 +161,8 @@ def check_together(config: Any) -> None:
 
 def check_resolved(config: Any) -> None:
     """Refuse resolved settings that contradict each other."""
-    if data_set(config.data).is_text and config.adversary.name != "none":
-        raise HessianFlowError(
-            f"--adversary {config.adversary.name} changes images by a little, and {config.data} is"
-            " of bytes: leave it out"
-        )
+    if data_set(config.data).is_text:
+        _check_text(config)
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
     staleness = config.adversary.options.get("staleness", 0)
@@ -179,6 +176,16 @@ def check_resolved(config: Any) -> None:
         raise HessianFlowError(
             f"--controller.stages reach {max(sizes)}, above --max-batch-size"
             f" {config.max_batch_size}: raise it"
+        )
+
+
+def _check_text(config: Any) -> None:
+    """Refuse what changes inputs by a little, or differentiates by them, where they are bytes."""
+    check_effects(config, ("overfitting_alarm", "input_curvature"))
+    if config.adversary.name != "none":
+        raise HessianFlowError(
+            f"--adversary {config.adversary.name} changes inputs by a little, and those of"
+            f" {config.data} are bytes: leave it out"
         )
 
 

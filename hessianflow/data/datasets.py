@@ -142,8 +142,8 @@ def load(
     if known.read is None:
         return read_folder(name, folder, split, size=image_size)
     found = known.read(folder, split)
-    if isinstance(found, TextSet) and block_length is not None:
-        return replace(found, block_length=block_length)
+    if isinstance(found, TextSet):
+        return found.in_blocks(block_length or BLOCK_LENGTH)
     return found
 
 

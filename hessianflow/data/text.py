@@ -49,13 +49,6 @@ class TextSet:
     text: Tensor
     block_length: int = BLOCK_LENGTH
 
-    def __post_init__(self) -> None:
-        if len(self) == 0:
-            raise HessianFlowError(
-                f"{self.name}: {len(self.text)} bytes are too few for a block of"
-                f" {self.block_length} and the byte after it: use more text or shorter blocks"
-            )
-
     @property
     def num_classes(self) -> int:
         """Return the number of values of a byte."""
@@ -67,7 +60,20 @@ class TextSet:
         return (self.block_length,)
 
     def __len__(self) -> int:
-        return (len(self.text) - 1) // self.block_length
+        return max(len(self.text) - 1, 0) // self.block_length
+
+    def in_blocks(self, block_length: int) -> "TextSet":
+        """Return the same text in blocks of another length.
+
+        Raises:
+            HessianFlowError: The text is shorter than a block and the byte after it.
+        """
+        if len(self.text) <= block_length:
+            raise HessianFlowError(
+                f"{self.name}: {len(self.text)} bytes are too few for a block of {block_length} and"
+                " the byte after it: use more text or shorter blocks"
+            )
+        return replace(self, block_length=block_length)
 
     def take(self, count: int) -> "TextSet":
         """Return a set of the first `count` examples, or of all where there are fewer."""
