@@ -17,7 +17,7 @@ TRAIN += ["--optimizer", "adamw", "--lr", "0.01", "--device", "cpu", "--run-dir"
 
 
 @pytest.fixture(autouse=True)
-def books() -> None:
+def books(in_a_folder_of_its_own: None) -> None:
     Path("books").mkdir()
     for number in range(8):
         Path(f"books/{number}.txt").write_text(f"{number} is a number. " * 20)
