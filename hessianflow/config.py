@@ -37,8 +37,8 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
 """Settings that choose a method; the kind of method has the same name."""
-_MAY_BE_OPEN = ("adversary", "schedule")
-"""Those of them that may be left to what the controller prefers."""
+_MAY_BE_OPEN = ("adversary", "optimizer", "schedule")
+"""Those of them that may be left to what the data set or the controller prefers."""
 
 
 def _of(group: str, default: Any = None) -> Any:
@@ -73,8 +73,8 @@ class TrainConfig:
             in the working directory and is run; default: the network of the data set.
         controller: Method that decides the batch size.
         adversary: Method that attacks a share of every batch; none trains on clean examples;
-            default: fgsm, unless the controller prefers none.
-        optimizer: Method that updates the weights.
+            default: fgsm, but none for text and python and where the controller prefers none.
+        optimizer: Method that updates the weights; default: sgd, but adamw for text and python.
         schedule: Course of the learning rate, before the factor of the controller; default: the one
             that the controller prefers, else that of the data set.
         batch_size: Examples per optimizer step at the start, over all processes; the learning rate
@@ -168,7 +168,7 @@ class TrainConfig:
     model: str | None = _of("training")
     controller: Choice = _of("training", Choice("absa"))
     adversary: Choice | None = _of("training")
-    optimizer: Choice = _of("training", Choice("sgd"))
+    optimizer: Choice | None = _of("training")
     schedule: Choice | None = _of("training")
     batch_size: Count | None = _of("training")
     max_batch_size: Count | None = _of("training")
@@ -236,6 +236,7 @@ class RunConfig(TrainConfig):
 
     model: str = ""
     adversary: Choice = Choice("none")
+    optimizer: Choice = Choice("sgd")
     schedule: Choice = Choice("constant")
     batch_size: int = 1
     max_batch_size: int = 1

@@ -41,9 +41,9 @@ def resolve(config: TrainConfig) -> RunConfig:
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
     values |= _preferred(config, preset)
-    run = _facts(values, config.optimizer)
+    run = _facts(values, values["optimizer"])
     values["optimizer"] = complete(
-        KINDS["optimizer"], config.optimizer, run, preset.methods, "optimizer"
+        KINDS["optimizer"], values["optimizer"], run, preset.methods, "optimizer"
     )
     inner = innermost(values["optimizer"])
     milestones = _milestones(preset.milestones, preset.settings["epochs"], values["epochs"])
@@ -125,10 +125,8 @@ def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preferred(config: TrainConfig, preset: Preset) -> dict[str, Any]:
-    """Return schedule, adversary and norm mode: as given, else as the controller prefers."""
-    adversary = preset.settings.get("adversary", "fgsm")
-    values: dict[str, Any] = {"norm_mode": "eval", "adversary": adversary}
-    values["schedule"] = preset.schedule
+    """Return what is given, else what the controller prefers, else what is usual for the data."""
+    values: dict[str, Any] = {**preset.usual_methods, "norm_mode": "eval"}
     values |= prefers(KINDS["controller"], config.controller)
     for name, preferred in values.items():
         values[name] = getattr(config, name) or preferred

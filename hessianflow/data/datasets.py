@@ -234,12 +234,21 @@ class Preset:
         schedule: name of the learning-rate schedule.
         milestones: epochs after which that schedule lowers the rate, in a run of the usual epochs.
         methods: options of methods that are usual for the data set, by method.
+        optimizer, adversary: names of those methods.
     """
 
     settings: Mapping[str, Any]
     schedule: str = "multistep"
     milestones: tuple[int, ...] = (30, 60, 80)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer: str = "sgd"
+    adversary: str = "fgsm"
+
+    @property
+    def usual_methods(self) -> dict[str, str]:
+        """Return the names of the methods by the settings that choose them."""
+        names = ("optimizer", "schedule", "adversary")
+        return {name: getattr(self, name) for name in names}
 
 
 SMALL_IMAGES: Mapping[str, Any] = {
@@ -257,7 +266,6 @@ SMALL_IMAGES: Mapping[str, Any] = {
 TEXT = Preset(
     {
         "model": "gpt-tiny",
-        "adversary": "none",
         "batch_size": 16,
         "max_batch_size": 512,
         "epochs": 4,
@@ -270,6 +278,8 @@ TEXT = Preset(
     },
     schedule="cosine",
     milestones=(2, 3),
+    optimizer="adamw",
+    adversary="none",
 )
 """Settings of a small language model, which are our choice."""
 LARGER_IMAGES: Mapping[str, Any] = {**SMALL_IMAGES, "model": "resnet18"}
