@@ -1,7 +1,8 @@
 """The cells of the language study: a decoder on Python's own sources, at one number of bytes.
 
-The rates of the small batch come from the grids TUNING, in runs of a third of the length with a
-seed of their own. Those of larger batches follow the root of the batch.
+All methods pass four times over 295 kB, 1.2 million bytes in all. The rates of the small batch come
+from the grids TUNING, in runs of a third of the length with a seed of their own. Those of larger
+batches follow the root of the batch.
 """
 
 import math
@@ -16,13 +17,13 @@ SMALL_BATCH = 16
 """Blocks of the small batch, 1024 bytes."""
 BASE: Settings = {
     "data": "python",
-    "train_examples": 3072,
+    "train_examples": 4608,
     "test_examples": 1024,
     "block_length": 64,
     "model": "gpt-tiny",
     "batch_size": SMALL_BATCH,
     "max_batch_size": SMALL_BATCH,
-    "epochs": 6,
+    "epochs": 4,
     "warmup_epochs": 0.2,
     "schedule": "cosine",
     "precision": "float32",
@@ -53,7 +54,7 @@ MUON_RATE = 0.12
 """Rates of the small batch, the best of TUNING."""
 TUNING: Mapping[str, tuple[float, ...]] = {
     "adamw": (0.001, 0.002, 0.004, 0.008),
-    "muon": (0.03, 0.06, 0.12, 0.24),
+    "muon": (0.03, 0.06, 0.12, 0.24, 0.48),
 }
 TUNING_SEED = 2
 MUON: Settings = {"name": "muon", "rest": "adamw"}
@@ -126,6 +127,6 @@ _COMMON: Settings = {"controller": "fixed", "curvature": "off", "plots": False, 
 
 
 def _tuning(name: str, optimizer: Any, rate: float) -> Cell:
-    third = {**BASE, "epochs": BASE["epochs"] // 3}
+    third = {**BASE, "train_examples": 3072, "epochs": 2}
     settings = {**_COMMON, **third, **_at(optimizer, rate, 1)(third)}
     return Cell("tuning", f"{name}-{rate:g}", TUNING_SEED, settings)
