@@ -109,6 +109,12 @@ def test_the_catalogue_has_the_stated_sizes(name: str, millions: float) -> None:
     assert name in models.names()
 
 
+def test_the_work_of_a_token_is_its_matrices() -> None:
+    """12 width^2 a layer and the head, for each of 64 tokens; the embedding is looked up."""
+    work = models.count_multiply_adds(models.create("gpt-tiny", 256), (64,))
+    assert work == 64 * (4 * 12 * 128**2 + 256 * 128)
+
+
 def test_at_the_start_every_byte_is_as_likely_and_all_parameters_get_a_gradient() -> None:
     torch.manual_seed(0)
     model = models.create("gpt-tiny", 256)
