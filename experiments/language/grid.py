@@ -1,8 +1,8 @@
 """The cells of the language study: a decoder on Python's own sources, at one number of bytes.
 
-All methods pass three times over 393 kB, 1.2 million bytes in all. The rates of the small batch come
-from the grids TUNING, in runs of a third of the length with a seed of their own. Those of larger
-batches follow the root of the batch.
+All methods pass three times over 393 kB, 1.2 million bytes in all. The rates of the small batch
+come from the grids TUNING, in runs of a third of the length with a seed of their own. Those of
+larger batches follow the root of the batch.
 """
 
 import math
