@@ -180,7 +180,12 @@ def check_resolved(config: Any) -> None:
 
 
 def _check_text(config: Any) -> None:
-    """Refuse what changes inputs by a little, or differentiates by them, where they are bytes."""
+    """Refuse what changes inputs by a little, or resizes them, where they are bytes."""
+    if config.controller.name == "dual-batch":
+        raise HessianFlowError(
+            f"--controller dual-batch trains on images of several sizes, and {config.data} is text:"
+            " use another"
+        )
     check_effects(config, ("overfitting_alarm", "input_curvature"))
     if config.adversary.name != "none":
         raise HessianFlowError(

@@ -67,6 +67,7 @@ def test_curvature_and_the_critical_batch_are_measured(capsys: pytest.CaptureFix
             ["--model", "resnet20"],
             "--model resnet20 takes images, and text is text: use one of gpt",
         ),
+        (["--controller", "dual-batch"], "dual-batch trains on images of several sizes, and text"),
         (["--input-curvature", "true"], "--input-curvature is a setting of --data digits, fake"),
         (["--overfitting-alarm", "true"], "--overfitting-alarm is a setting of --data digits"),
         (["--resolution", "cyclic"], "--resolution is a setting of --data digits"),
