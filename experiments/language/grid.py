@@ -1,7 +1,7 @@
 """The cells of the language study: a decoder on Python's own sources, at one number of bytes.
 
 All methods pass three times over 393 kB, 1.2 million bytes in all. The rates of the small batch
-come from the grids TUNING, in runs of a third of the length with a seed of their own. Those of
+come from the grids TUNING, in runs of a sixth of the length with a seed of their own. Those of
 larger batches follow the root of the batch.
 """
 
@@ -53,8 +53,8 @@ ADAMW_RATE = 0.004
 MUON_RATE = 0.12
 """Rates of the small batch, the best of TUNING."""
 TUNING: Mapping[str, tuple[float, ...]] = {
-    "adamw": (0.001, 0.002, 0.004, 0.008),
-    "muon": (0.03, 0.06, 0.12, 0.24, 0.48),
+    "adamw": (0.004, 0.008, 0.002),
+    "muon": (0.48, 0.24, 0.96),
 }
 TUNING_SEED = 2
 MUON: Settings = {"name": "muon", "rest": "adamw"}
@@ -127,6 +127,6 @@ _COMMON: Settings = {"controller": "fixed", "curvature": "off", "plots": False, 
 
 
 def _tuning(name: str, optimizer: Any, rate: float) -> Cell:
-    third = {**BASE, "train_examples": 3072, "epochs": 2, "warmup_epochs": 0.2}
-    settings = {**_COMMON, **third, **_at(optimizer, rate, 1)(third)}
+    sixth = {**BASE, "train_examples": 3072, "epochs": 1}
+    settings = {**_COMMON, **sixth, **_at(optimizer, rate, 1)(sixth)}
     return Cell("tuning", f"{name}-{rate:g}", TUNING_SEED, settings)
