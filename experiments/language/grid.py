@@ -51,8 +51,8 @@ LARGER: Settings = {
 
 ADAMW_RATE = 0.004
 MUON_RATE = 0.48
-"""Rates of the small batch from TUNING. Of Muon's, twice as much was 0.01 nats better and lies at the
-end of the grid; the smaller is taken, since short runs favour large rates."""
+"""Rates of the small batch from TUNING. Of Muon's, twice as much was 0.01 nats better and lies at
+the end of the grid; the smaller is taken, since short runs favour large rates."""
 TUNING: Mapping[str, tuple[float, ...]] = {
     "adamw": (0.004, 0.008, 0.002),
     "muon": (0.48, 0.24, 0.96),
