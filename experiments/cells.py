@@ -15,6 +15,7 @@ from typing import Any
 from experiments.devices import least_used
 from experiments.results import Row, append_row, read_rows, row_of
 from hessianflow.config import from_dict
+from hessianflow.data.datasets import DATA_SETS
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.resolve import resolve
 from hessianflow.runs import History
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 MEASURED = "measured.json"
 """What a cell's own program leaves in the run directory beside the records of training."""
-NEEDS_NO_FILES = ("digits", "fake")
+NEEDS_NO_FILES = tuple(name for name, one in DATA_SETS.items() if not one.needs_files)
 
 
 @dataclass(frozen=True)

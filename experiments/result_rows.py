@@ -30,6 +30,7 @@ class _Epoch(_EpochRequired, total=False):
     lr: Figure
     updates: Count
     train_loss: Figure
+    eval_loss: Figure
     eval_accuracy: Share
     eigenvalue: Figure
 

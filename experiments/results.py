@@ -73,7 +73,7 @@ def row_of(problem: str, method: str, settings: Mapping[str, Any], history: Hist
                 key: row[key]
                 for key in ("batch_size", "lr", "updates", "train_loss", "eval_accuracy")
             }
-            | {"eigenvalue": curvature.get(row["examples"])}
+            | {"eval_loss": row.get("eval_loss"), "eigenvalue": curvature.get(row["examples"])}
             for row in history.epochs
         ],
         "settings": dict(settings),

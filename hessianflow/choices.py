@@ -12,7 +12,7 @@ from hessianflow.config import RunConfig
 from hessianflow.control import Level, ProgressiveResolution, Stage, resolution_stages
 from hessianflow.control.noise_scale import MOMENT_SIGNALS
 from hessianflow.control.rate_rule import RateRule
-from hessianflow.data import AdaptiveBatches, DeviceBatches
+from hessianflow.data import AdaptiveBatches, DeviceBatches, TextBatches
 from hessianflow.interfaces import Adversary, BatchController, GradientObserver, HessianFlowError
 from hessianflow.methods import KINDS, Choice, find, make
 from hessianflow.normalisation import split_batch_norm
@@ -140,7 +140,9 @@ def build_controller(config: RunConfig) -> BatchController:
 
 
 def build_adversary(
-    config: RunConfig, batches: DeviceBatches | AdaptiveBatches, spread: tuple[float, ...]
+    config: RunConfig,
+    batches: DeviceBatches | AdaptiveBatches | TextBatches,
+    spread: tuple[float, ...],
 ) -> Adversary | None:
     """Return the adversary, with its size and bounds in the units of the normalised inputs.
 

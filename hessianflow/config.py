@@ -37,8 +37,8 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
 """Settings that choose a method; the kind of method has the same name."""
-_MAY_BE_OPEN = ("adversary", "schedule")
-"""Those of them that may be left to what the controller prefers."""
+_MAY_BE_OPEN = ("adversary", "optimizer", "schedule")
+"""Those of them that may be left to what the data set or the controller prefers."""
 
 
 def _of(group: str, default: Any = None) -> Any:
@@ -55,22 +55,26 @@ class TrainConfig:
 
     Attributes:
         data: Data set by name. digits comes with scikit-learn, fake is random, and the others are
-            read from data_dir; folder is any tree of class folders below train and val.
-        data_dir: Folder of the official files of the data set, or of their archive.
+            read from data_dir; folder is any tree of class folders below train and val, text is
+            any files, of which a tenth is held out for testing, and python is the sources of the
+            standard library.
+        data_dir: Folder of the official files of the data set, or of their archive; for text a
+            folder of files, a pattern such as "books/*.txt", or one file.
         train_examples: Training examples to use; default: all.
         test_examples: Test examples to use; default: all.
         loader_workers: Processes that load images from a tree of folders; other data sets are held
             on the device.
         image_size: Side in pixels that images of imagenet and folder are cut to; default: 224, but
             for folder at most the shorter side of most files.
+        block_length: Bytes in an example of text and python, which are read as bytes; default: 128.
         augment: Crop and flip training images at random, if that is usual for the data set.
         model: Network by name (see hf.models.names()), timm/NAME or torchvision/NAME if that
             package is installed, or package.module:function of your own, which is also searched for
             in the working directory and is run; default: the network of the data set.
         controller: Method that decides the batch size.
         adversary: Method that attacks a share of every batch; none trains on clean examples;
-            default: fgsm, unless the controller prefers none.
-        optimizer: Method that updates the weights.
+            default: fgsm, but none for text and python and where the controller prefers none.
+        optimizer: Method that updates the weights; default: sgd, but adamw for text and python.
         schedule: Course of the learning rate, before the factor of the controller; default: the one
             that the controller prefers, else that of the data set.
         batch_size: Examples per optimizer step at the start, over all processes; the learning rate
@@ -159,11 +163,12 @@ class TrainConfig:
     test_examples: Count | None = _of("data")
     loader_workers: Annotated[int, Range(0, 256)] = _of("data", 0)
     image_size: Annotated[int, Range(1, 4096)] | None = _of("data")
+    block_length: Annotated[int, Range(1, 2**20)] | None = _of("data")
     augment: bool = _of("data", True)
     model: str | None = _of("training")
     controller: Choice = _of("training", Choice("absa"))
     adversary: Choice | None = _of("training")
-    optimizer: Choice = _of("training", Choice("sgd"))
+    optimizer: Choice | None = _of("training")
     schedule: Choice | None = _of("training")
     batch_size: Count | None = _of("training")
     max_batch_size: Count | None = _of("training")
@@ -231,6 +236,7 @@ class RunConfig(TrainConfig):
 
     model: str = ""
     adversary: Choice = Choice("none")
+    optimizer: Choice = Choice("sgd")
     schedule: Choice = Choice("constant")
     batch_size: int = 1
     max_batch_size: int = 1
@@ -248,7 +254,8 @@ class RunConfig(TrainConfig):
 
 
 _NEVER_FILLED = (
-    *("resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
+    *("resolution", "resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
+    *("block_length", "channels_last"),
     *("min_workers", "max_workers", "ray_address"),
 )
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""

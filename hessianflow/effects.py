@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessianflow.bounds import option, shown
-from hessianflow.data.datasets import DATA_SETS
+from hessianflow.data.datasets import DATA_SETS, data_set
 from hessianflow.interfaces import HessianFlowError
 
 
@@ -32,6 +32,8 @@ _MEASURED: Case = {"curvature": ("epoch", "needed"), **_ONE_TRAINER}
 _SAVED: Case = {**_ONE_TRAINER, "elastic": (False,)}
 _RESOLUTION: Case = {"resolution": ("cyclic", "once", "uniform")}
 _ELASTIC: Case = {"elastic": (True,)}
+_IMAGES: Case = {"data": tuple(name for name, one in DATA_SETS.items() if not one.is_text)}
+_TEXT: Case = {"data": tuple(name for name, one in DATA_SETS.items() if one.is_text)}
 _FILES: Case = {"data": tuple(name for name, one in DATA_SETS.items() if one.read is None)}
 _BUNDLED = tuple(name for name, one in DATA_SETS.items() if not one.needs_files)
 
@@ -39,10 +41,13 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "data_dir": ({"data": AllBut(_BUNDLED)},),
     "loader_workers": (_FILES,),
     "image_size": (_FILES,),
+    "block_length": (_TEXT,),
+    "channels_last": (_IMAGES,),
+    "resolution": (_IMAGES,),
     "max_lr_factor": ({"lr_rule": ("linear", "sqrt", "none")},),
-    "overfitting_alarm": (_ONE_TRAINER,),
+    "overfitting_alarm": ({**_IMAGES, **_ONE_TRAINER},),
     "alarm_eps": ({"overfitting_alarm": (True,), **_ONE_TRAINER},),
-    "input_curvature": (_ONE_TRAINER,),
+    "input_curvature": ({**_IMAGES, **_ONE_TRAINER},),
     "curvature": (_ONE_TRAINER,),
     "probe_examples": (_MEASURED,),
     "probe_tolerance": (_MEASURED, {"input_curvature": (True,), **_ONE_TRAINER}),
@@ -156,6 +161,8 @@ def check_together(config: Any) -> None:
 
 def check_resolved(config: Any) -> None:
     """Refuse resolved settings that contradict each other."""
+    if data_set(config.data).is_text:
+        _check_text(config)
     if config.max_lr_factor is not None and config.lr_rule is None:
         raise HessianFlowError(f"--max-lr-factor {config.max_lr_factor:g} needs --lr-rule")
     staleness = config.adversary.options.get("staleness", 0)
@@ -169,6 +176,21 @@ def check_resolved(config: Any) -> None:
         raise HessianFlowError(
             f"--controller.stages reach {max(sizes)}, above --max-batch-size"
             f" {config.max_batch_size}: raise it"
+        )
+
+
+def _check_text(config: Any) -> None:
+    """Refuse what changes inputs by a little, or resizes them, where they are bytes."""
+    if config.controller.name == "dual-batch":
+        raise HessianFlowError(
+            f"--controller dual-batch trains on images of several sizes, and {config.data} is text:"
+            " use another"
+        )
+    check_effects(config, ("overfitting_alarm", "input_curvature"))
+    if config.adversary.name != "none":
+        raise HessianFlowError(
+            f"--adversary {config.adversary.name} changes inputs by a little, and those of"
+            f" {config.data} are bytes: leave it out"
         )
 
 

@@ -15,6 +15,8 @@ from hessianflow.data import (
     DeviceBatches,
     ImageFolder,
     ImageSet,
+    TextBatches,
+    TextSet,
     load,
 )
 from hessianflow.data.datasets import FILE_SIDE, data_set
@@ -23,7 +25,9 @@ from hessianflow.machine import computes_in_bf16, find_device
 from hessianflow.memory import keep_freed_memory
 from hessianflow.models import create
 from hessianflow.models.catalogue import Variant
+from hessianflow.models.decoder import DECODERS
 from hessianflow.models.dropout import with_head_dropout
+from hessianflow.models.external import is_external
 from hessianflow.normalisation import is_split, merge_batch_norm
 from hessianflow.resolve import resolve
 from hessianflow.runs import checkpoints
@@ -52,8 +56,8 @@ class Parts:
     """
 
     model: nn.Module
-    train: DeviceBatches | AdaptiveBatches
-    test: DeviceBatches | AdaptiveBatches
+    train: DeviceBatches | AdaptiveBatches | TextBatches
+    test: DeviceBatches | AdaptiveBatches | TextBatches
     spread: tuple[float, ...]
 
     def first_tests(self, count: int) -> Batch:
@@ -98,22 +102,33 @@ def build_parts(config: RunConfig) -> Parts:
     # This is the stream of initialisation; the others have generators of their own.
     torch.manual_seed(config.seed)
     model = _model(config, train, device)
-    shared: dict[str, Any] = {"device": device, "num_workers": config.loader_workers}
-    shared["channels_last"] = bool(config.channels_last)
+    shared: dict[str, Any] = {"device": device}
+    spread: tuple[float, ...] = ()
+    if not isinstance(train, TextSet):
+        shared["num_workers"] = config.loader_workers
+        shared["channels_last"] = bool(config.channels_last)
+        spread = train.std
     return Parts(
         model,
         train.batches(config.batch_size, train=True, seed=config.seed, **shared),
         test.batches(EVALUATION_BATCH.get(device.type, 1000), train=False, **shared),
-        train.std,
+        spread,
     )
 
 
-def _model(config: RunConfig, train: ImageSet | ImageFolder, device: torch.device) -> nn.Module:
-    """Return the model of a run for images as they are in `train`."""
-    channels, side, _ = train.input_shape
+def _model(
+    config: RunConfig, train: ImageSet | ImageFolder | TextSet, device: torch.device
+) -> nn.Module:
+    """Return the model of a run for examples as they are in `train`."""
+    _check_kind(config)
+    # A block of text counts as an image of one row without channels.
+    side = train.input_shape[-1]
+    channels = None
     variant: Variant = "cifar"
-    if side > 64:
-        variant = "imagenet"
+    if not isinstance(train, TextSet):
+        channels = train.input_shape[0]
+        if side > 64:
+            variant = "imagenet"
     try:
         model = create(config.model, train.num_classes, side, variant, in_channels=channels)
     except HessianFlowError as error:
@@ -128,6 +143,22 @@ def _model(config: RunConfig, train: ImageSet | ImageFolder, device: torch.devic
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _check_kind(config: RunConfig) -> None:
+    """Refuse a model of ours for images where the data are text, and the other way round."""
+    is_text = data_set(config.data).is_text
+    if is_external(config.model) or is_text == (config.model in DECODERS):
+        return
+    known = ", ".join(DECODERS)
+    if is_text:
+        raise HessianFlowError(
+            f"--model {config.model} takes images, and {config.data} is text: use one of {known}"
+        )
+    raise HessianFlowError(
+        f"--model {config.model} takes text, and {config.data} is of images: use --data text or"
+        " python"
+    )
 
 
 def load_config(run_dir: str | Path) -> RunConfig:
@@ -186,14 +217,26 @@ def resolved_precision(config: RunConfig) -> Precision:
     return "float32"
 
 
-def _read(config: RunConfig, part: Literal["train", "test"]) -> ImageSet | ImageFolder:
-    if config.data_dir is None and data_set(config.data).needs_files:
+def _read(config: RunConfig, part: Literal["train", "test"]) -> ImageSet | ImageFolder | TextSet:
+    kind = data_set(config.data)
+    if config.data_dir is None and kind.is_text and kind.needs_files:
+        raise HessianFlowError(
+            f"--data {config.data} needs --data-dir: a folder of text, a pattern or a file (--data"
+            " python needs none)"
+        )
+    if config.data_dir is None and kind.needs_files:
         raise HessianFlowError(
             f"--data {config.data} needs --data-dir, the folder of its official files "
             f"(`hessianflow data fetch {config.data} --data-dir DIR` gets them)"
         )
-    images = load(config.data, config.data_dir, part, image_size=config.image_size or FILE_SIDE)
-    if not config.augment:
+    images = load(
+        config.data,
+        config.data_dir,
+        part,
+        image_size=config.image_size or FILE_SIDE,
+        block_length=config.block_length,
+    )
+    if not config.augment and not isinstance(images, TextSet):
         if isinstance(images, ImageSet):
             images = replace(images, augment=Augmentation())
         else:

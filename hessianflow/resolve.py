@@ -7,7 +7,7 @@ from typing import Any
 
 from hessianflow.bounds import user_path
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, chosen
-from hessianflow.data.datasets import FILE_SIDE, data_set
+from hessianflow.data.datasets import FILE_SIDE, Preset, data_set
 from hessianflow.data.image_files import training_images, usual_side
 from hessianflow.effects import check_resolved
 from hessianflow.facts import RunFacts
@@ -40,10 +40,10 @@ def resolve(config: TrainConfig) -> RunConfig:
     config = fitted(replace(config, data_dir=data_dir, run_dir=run_dir))
     values = {setting.name: getattr(config, setting.name) for setting in fields(TrainConfig)}
     values |= _sizes(config, preset.settings)
-    values |= _preferred(config, preset.schedule)
-    run = _facts(values, config.optimizer)
+    values |= _preferred(config, preset)
+    run = _facts(values, values["optimizer"])
     values["optimizer"] = complete(
-        KINDS["optimizer"], config.optimizer, run, preset.methods, "optimizer"
+        KINDS["optimizer"], values["optimizer"], run, preset.methods, "optimizer"
     )
     inner = innermost(values["optimizer"])
     milestones = _milestones(preset.milestones, preset.settings["epochs"], values["epochs"])
@@ -124,9 +124,9 @@ def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _preferred(config: TrainConfig, usual_schedule: str) -> dict[str, Any]:
-    """Return schedule, adversary and norm mode: as given, else as the controller prefers."""
-    values: dict[str, Any] = {"schedule": usual_schedule, "norm_mode": "eval", "adversary": "fgsm"}
+def _preferred(config: TrainConfig, preset: Preset) -> dict[str, Any]:
+    """Return what is given, else what the controller prefers, else what is usual for the data."""
+    values: dict[str, Any] = {**preset.usual_methods, "norm_mode": "eval"}
     values |= prefers(KINDS["controller"], config.controller)
     for name, preferred in values.items():
         values[name] = getattr(config, name) or preferred

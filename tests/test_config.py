@@ -22,6 +22,17 @@ def timed(**given: Any) -> dict[str, Any]:
     return {"name": "timed", **given}
 
 
+def test_text_has_methods_of_its_own_unless_others_are_given() -> None:
+    usual = resolve(TrainConfig(data="python"))
+    assert (usual.optimizer.name, usual.lr, usual.lr_rule) == ("adamw", 0.004, "sqrt")
+    assert (usual.adversary.name, usual.schedule.name) == ("none", "cosine")
+    assert (usual.model, usual.block_length) == ("gpt-tiny", 128)
+    other = resolve(TrainConfig(data="python", optimizer="sgd", schedule="constant"))
+    assert (other.optimizer.name, other.schedule.name) == ("sgd", "constant")
+    assert resolve(TrainConfig()).optimizer.name == "sgd"
+    assert resolve(TrainConfig()).block_length is None
+
+
 def test_timed_stages_are_planned_for_the_epochs_and_the_cap() -> None:
     """A twelfth, a sixth and a third of 24 epochs are 2, 4 and 8; of 30: 2.5, 5 and 10, the first
     rounded up."""

@@ -159,9 +159,9 @@ def add_methods(parser: Any, named: Mapping[str, str]) -> dict[str, str]:
 
 def _default(setting: str, controller: str, data: str) -> str:
     """Return the method that a setting chooses by default."""
-    usual = {"controller": "absa", "optimizer": "sgd", "adversary": "fgsm"}
-    if setting == "schedule":
-        usual["schedule"] = data_set(data, "--data: ").preset.schedule
+    usual = {"controller": "absa"}
+    if setting != "controller":
+        usual |= data_set(data, "--data: ").preset.usual_methods
     if setting in ("schedule", "adversary"):
         usual |= prefers(KINDS["controller"], chosen("controller", controller))
     return usual[setting]

@@ -1,6 +1,7 @@
 """The commands `train` and `resume`."""
 
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hessianflow.commands.runs import add_named_code, printable, require_named_c
 from hessianflow.commands.settings import add_settings, commented
 from hessianflow.commands.signals import NUMBERS, Signalled
 from hessianflow.config import RunConfig, TrainConfig
+from hessianflow.data.datasets import data_set
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.resolve import resolve
 
@@ -197,7 +199,7 @@ def _trainer(config: RunConfig, world: "World") -> "AnyTrainer":
 def _shown(world: "World", config: RunConfig, history: "History", status: int) -> int:
     """Print and draw the outcome on rank 0, while no other rank waits; return the exit status."""
     if world.rank == 0:
-        _print_summary(history, config.model)
+        _print_summary(history, config)
         if config.plots and history.epochs and history.run_dir is not None:
             from hessianflow.commands.records import draw
 
@@ -205,16 +207,16 @@ def _shown(world: "World", config: RunConfig, history: "History", status: int) -
     return status
 
 
-def _print_summary(history: "History", model: str) -> None:
+def _print_summary(history: "History", config: RunConfig) -> None:
     summary = history.summary
     seconds = history.summary["seconds"]
-    accuracy = ""
+    result = _bits_per_byte(history, config)
     if summary["final_accuracy"] is not None:
-        accuracy = (
+        result += (
             f"test accuracy {summary['final_accuracy']:.2%} (best {summary['best_accuracy']:.2%}); "
         )
     print(
-        f"{summary['status']}: {accuracy}{summary['epochs']} epochs, {summary['updates']} updates, "
+        f"{summary['status']}: {result}{summary['epochs']} epochs, {summary['updates']} updates, "
         f"largest batch {summary['largest_batch']}; {summary['wall_seconds']:.1f} s, of which "
         f"{seconds['curvature']:.1f} s curvature and {seconds['adversary']:.1f} s adversary"
     )
@@ -231,9 +233,17 @@ def _print_summary(history: "History", model: str) -> None:
     run_dir = printable(history.run_dir or "")
     print(f"  {run_dir}")
     if summary["status"] == "preempted":
-        if ":" in model:
-            run_dir += f" --model {model}"
+        if ":" in config.model:
+            run_dir += f" --model {config.model}"
         print(f"  hessianflow resume {run_dir}  continues")
+
+
+def _bits_per_byte(history: "History", config: RunConfig) -> str:
+    """Return the last test loss of a language model in both units, or an empty string."""
+    losses = [row["eval_loss"] for row in history.epochs[-1:] if row["eval_loss"] is not None]
+    if not data_set(config.data).is_text or not losses:
+        return ""
+    return f"test loss {losses[0]:.4f} nats, {losses[0] / math.log(2):.4f} bits per byte; "
 
 
 def _plain_name(name: str) -> str:

@@ -7,6 +7,7 @@ from hessianflow.data.download import FileReport, fetch, verify
 from hessianflow.data.images import ImageFolder, Normalise
 from hessianflow.data.sampling import AdaptiveBatches
 from hessianflow.data.stream_batches import StreamBatches
+from hessianflow.data.text import TextBatches, TextSet
 
 __all__ = [
     "AdaptiveBatches",
@@ -17,6 +18,8 @@ __all__ = [
     "ImageSet",
     "Normalise",
     "StreamBatches",
+    "TextBatches",
+    "TextSet",
     "fetch",
     "load",
     "names",

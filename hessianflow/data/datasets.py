@@ -1,4 +1,4 @@
-"""Data sets by name, each a frozen record of uint8 pixels and how to normalise and augment them.
+"""Data sets by name: frozen records of uint8 pixels and how to normalise and augment them, or text.
 
 Means and standard deviations are those of the training pixels: computed here for digits, the values
 in general use for CIFAR, SVHN and ImageNet, and ImageNet's for Tiny-ImageNet.
@@ -21,6 +21,7 @@ from hessianflow.data.device_batches import DeviceBatches
 from hessianflow.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, read_folder
 from hessianflow.data.sources import root_folder
 from hessianflow.data.svhn import read_svhn
+from hessianflow.data.text import BLOCK_LENGTH, TextSet, read_python, read_text
 from hessianflow.data.tiny_imagenet import read_tiny_imagenet
 from hessianflow.interfaces import HessianFlowError
 
@@ -110,17 +111,24 @@ class ImageSet:
 
 
 def load(
-    name: str, root: str | Path | None = None, split: Split = "train", *, image_size: int = 224
-) -> ImageSet | ImageFolder:
+    name: str,
+    root: str | Path | None = None,
+    split: Split = "train",
+    *,
+    image_size: int = 224,
+    block_length: int | None = None,
+) -> ImageSet | ImageFolder | TextSet:
     """Read one split of a data set into memory; of "imagenet" and "folder", only list the files.
 
     Args:
         name: One of :func:`names`; "folder" is any tree of class folders below train and val (or
             test).
         root: Folder of the files, the folder above it, or one that holds the official archive.
-            None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits" and "fake" need none.
+            None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits", "fake" and "python"
+            need none; for "text" it is a folder of any files, a pattern, or one file.
         split: "train" or "test"; "svhn" also has "extra".
         image_size: Side of the images cut from the files of a class-folder tree.
+        block_length: Bytes in an example of a text; None for 128.
 
     Raises:
         HessianFlowError: The name or split is unknown, or a file (it is named) missing or damaged.
@@ -133,7 +141,10 @@ def load(
     folder = root_folder(root)
     if known.read is None:
         return read_folder(name, folder, split, size=image_size)
-    return known.read(folder, split)
+    found = known.read(folder, split)
+    if isinstance(found, TextSet):
+        return found.in_blocks(block_length or BLOCK_LENGTH)
+    return found
 
 
 def names() -> list[str]:
@@ -223,12 +234,21 @@ class Preset:
         schedule: name of the learning-rate schedule.
         milestones: epochs after which that schedule lowers the rate, in a run of the usual epochs.
         methods: options of methods that are usual for the data set, by method.
+        optimizer, adversary: names of those methods.
     """
 
     settings: Mapping[str, Any]
     schedule: str = "multistep"
     milestones: tuple[int, ...] = (30, 60, 80)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    optimizer: str = "sgd"
+    adversary: str = "fgsm"
+
+    @property
+    def usual_methods(self) -> dict[str, str]:
+        """Return the names of the methods by the settings that choose them."""
+        names = ("optimizer", "schedule", "adversary")
+        return {name: getattr(self, name) for name in names}
 
 
 SMALL_IMAGES: Mapping[str, Any] = {
@@ -243,6 +263,25 @@ SMALL_IMAGES: Mapping[str, Any] = {
     "channels_last": True,
 }
 """The published ABSA settings for residual networks on CIFAR; our choice for other images."""
+TEXT = Preset(
+    {
+        "model": "gpt-tiny",
+        "batch_size": 16,
+        "max_batch_size": 512,
+        "epochs": 4,
+        "lr": 0.3,
+        "block_length": BLOCK_LENGTH,
+        "probe_examples": 16,
+        "curvature_budget": 0.01,
+        "precision": "auto",
+        "channels_last": False,
+    },
+    schedule="cosine",
+    milestones=(2, 3),
+    optimizer="adamw",
+    adversary="none",
+)
+"""Settings of a small language model, which are our choice."""
 LARGER_IMAGES: Mapping[str, Any] = {**SMALL_IMAGES, "model": "resnet18"}
 
 
@@ -253,13 +292,15 @@ class DataSet:
     Attributes:
         preset: what a run takes for it.
         read: reads one split from a folder; None for a tree of class folders with image files.
+        is_text: whether its examples are blocks of bytes, and no images.
         side: pixels a side of its images; None where they are cut to any size.
         needs_files: whether it is read from files of the user.
         splits: names of its splits.
     """
 
     preset: Preset
-    read: Callable[[Path, Split], ImageSet] | None = None
+    read: Callable[[Path, Split], ImageSet | TextSet] | None = None
+    is_text: bool = False
     side: int | None = None
     needs_files: bool = True
     splits: tuple[str, ...] = ("train", "test")
@@ -283,7 +324,7 @@ DATA_SETS: Mapping[str, DataSet] = {
             methods={"absa": {"patience": 5}, "abs": {"patience": 5}},
         ),
         _digits,
-        8,
+        side=8,
         needs_files=False,
     ),
     "fake": DataSet(
@@ -300,23 +341,25 @@ DATA_SETS: Mapping[str, DataSet] = {
             milestones=(3,),
         ),
         _fake,
-        _FAKE_SIDE,
+        side=_FAKE_SIDE,
         needs_files=False,
     ),
     "cifar10": DataSet(
         Preset(SMALL_IMAGES),
         partial(_cifar, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        32,
+        side=32,
     ),
     "cifar100": DataSet(
         Preset(SMALL_IMAGES),
         partial(_cifar, CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        32,
+        side=32,
     ),
-    "svhn": DataSet(Preset(SMALL_IMAGES), _svhn, 32, splits=("train", "test", "extra")),
-    "tiny-imagenet": DataSet(Preset(LARGER_IMAGES), _tiny_imagenet, 64),
+    "svhn": DataSet(Preset(SMALL_IMAGES), _svhn, side=32, splits=("train", "test", "extra")),
+    "tiny-imagenet": DataSet(Preset(LARGER_IMAGES), _tiny_imagenet, side=64),
     "imagenet": DataSet(Preset({**LARGER_IMAGES, "batch_size": 256})),
     "folder": DataSet(Preset(LARGER_IMAGES)),
+    "text": DataSet(TEXT, read_text, is_text=True),
+    "python": DataSet(TEXT, read_python, is_text=True, needs_files=False),
 }
 """Every data set by name: how it is read, and what a run takes for it."""
 

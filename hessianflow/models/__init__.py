@@ -1,4 +1,4 @@
-"""The networks of the large-batch papers, by name, with their published sizes."""
+"""The networks of the large-batch papers and decoders for language, by name, with their sizes."""
 
 from hessianflow.models.catalogue import create, names
 from hessianflow.models.counting import count_multiply_adds, count_parameters

@@ -9,6 +9,7 @@ from torch import nn
 
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.models import external, resnet, small
+from hessianflow.models.decoder import DECODERS, Decoder
 from hessianflow.models.resnet import Shortcut
 from hessianflow.models.squeezenext import CAFFE, PYTORCHCV, SqueezeNextShape, Style, squeezenext
 from hessianflow.models.wide_resnet import wide_resnet
@@ -30,7 +31,7 @@ WIDE_RESNETS = ((16, 4), (28, 10))
 
 def names() -> list[str]:
     """Return every name that :func:`create` knows by itself, sorted."""
-    return sorted(_builders("cifar", 32, "B"))
+    return sorted([*_builders("cifar", 32, "B"), *DECODERS])
 
 
 def create(
@@ -48,8 +49,8 @@ def create(
         name: One of :func:`names`; or "package.module:function", a function that returns a model
             and gets those of `num_classes`, `input_size` and `in_channels` that it names; or
             "timm/NAME", "torchvision/NAME" if those packages are installed.
-        num_classes: Number of outputs of the last layer.
-        input_size: Height and width of the images.
+        num_classes: Number of outputs of the last layer, and of the tokens of a decoder.
+        input_size: Height and width of the images; a decoder takes sequences of any length.
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
             image at once. Networks that exist in one form only refuse the other.
         in_channels: Channels of the images; None for 1 ("digits-cnn") or 3 (all others).
@@ -64,6 +65,8 @@ def create(
         sizes = {"num_classes": num_classes, "input_size": input_size, "in_channels": channels}
         return external.build(name, **sizes)
     builders = _builders(variant, input_size, shortcut)
+    if name in DECODERS:
+        return Decoder(DECODERS[name], num_classes)
     if name in builders:
         return builders[name](num_classes=num_classes, in_channels=channels)
     known = names()

@@ -15,7 +15,8 @@ def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear
     layer outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling
     and additions are not counted. The pass runs in eval mode without gradients; afterwards the
-    modes of the model are restored. `input_shape` is that of one input, without the batch.
+    modes of the model are restored. `input_shape` is that of one input, without the batch: (T,) for
+    a model that begins with an embedding of T tokens. Products of attention are not counted.
     """
     counts: list[int] = []
 
@@ -27,9 +28,13 @@ def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     hooks = [layer.register_forward_hook(record) for layer in layers]
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters(), torch.zeros(()))
+    leaves = (module for module in model.modules() if not any(True for _ in module.children()))
+    dtype = like.dtype
+    if isinstance(next(leaves), nn.Embedding):
+        dtype = torch.int64
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+            model.eval()(torch.zeros(1, *input_shape, dtype=dtype, device=like.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessianflow.control.lr_scaling import LRRule, lr_factor
-from hessianflow.data import AdaptiveBatches, DeviceBatches
+from hessianflow.data import AdaptiveBatches, DeviceBatches, TextBatches
 from hessianflow.interfaces import Batch, HessianFlowError, LossFn
 from hessianflow.training import AdaptiveBatchTrainer, Passes, Reporting, Schedule, evaluate
 from hessianflow.training.divergence import DivergenceError
@@ -50,7 +50,7 @@ class Start:
 
     model: nn.Module
     optimizer: Optimizer
-    data: DeviceBatches | AdaptiveBatches
+    data: DeviceBatches | AdaptiveBatches | TextBatches
     batch_size: int
     loss_fn: LossFn
     evaluated: Batch | Iterable[Batch]
@@ -185,7 +185,10 @@ class Window:
     """
 
     def __init__(
-        self, data: DeviceBatches | AdaptiveBatches, batch_size: int, round_examples: int
+        self,
+        data: DeviceBatches | AdaptiveBatches | TextBatches,
+        batch_size: int,
+        round_examples: int,
     ) -> None:
         self._data = data
         self._batches: Iterator[Batch] = iter(())

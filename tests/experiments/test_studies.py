@@ -64,6 +64,7 @@ SMOKE = {
     "conadv": "fake/*conadv-*",
     "dual_batch": "fake-cyclic/*",
     "controllers": "fake/critical-reuse",
+    "language": "smoke/muon-seesaw",
 }
 """Cells of each smallest grid that no other has the like of: each is a process, with 5 s of a core
 for imports."""

@@ -1,0 +1,133 @@
+"""The cells of the language study: a decoder on Python's own sources, at one number of bytes.
+
+All methods pass three times over 393 kB, 1.2 million bytes in all. The rates of the small batch
+come from the grids TUNING, in runs of a sixth of the length with a seed of their own. Those of
+larger batches follow the root of the batch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.runner import Cell, Scale
+
+Settings = dict[str, Any]
+
+SMALL_BATCH = 16
+"""Blocks of the small batch, 1024 bytes."""
+BASE: Settings = {
+    "data": "python",
+    "train_examples": 6144,
+    "test_examples": 1024,
+    "block_length": 64,
+    "model": "gpt-tiny",
+    "batch_size": SMALL_BATCH,
+    "max_batch_size": SMALL_BATCH,
+    "epochs": 3,
+    "warmup_epochs": 0.1,
+    "schedule": "cosine",
+    "precision": "float32",
+    "microbatch_size": 64,
+}
+SMOKE: Settings = {
+    **BASE,
+    "train_examples": 256,
+    "test_examples": 16,
+    "block_length": 16,
+    "batch_size": 4,
+    "max_batch_size": 4,
+    "epochs": 2,
+    "microbatch_size": 4,
+}
+LARGER: Settings = {
+    **BASE,
+    "train_examples": 65_536,
+    "block_length": 256,
+    "model": "gpt-mini",
+    "epochs": 4,
+    "precision": "auto",
+}
+"""For a GPU; 16.8 million bytes a pass. Not measured."""
+
+ADAMW_RATE = 0.004
+MUON_RATE = 0.48
+"""Rates of the small batch from TUNING. Of Muon's, twice as much was 0.01 nats better and lies at
+the end of the grid; the smaller is taken, since short runs favour large rates."""
+TUNING: Mapping[str, tuple[float, ...]] = {
+    "adamw": (0.004, 0.008, 0.002),
+    "muon": (0.48, 0.24, 0.96),
+}
+TUNING_SEED = 2
+MUON: Settings = {"name": "muon", "rest": "adamw"}
+
+
+def _at(optimizer: Any, rate: float, times: int, most: int = 0) -> Callable[[Settings], Settings]:
+    """Return an optimizer at `times` the small batch, which may grow to `most` times the small."""
+    return lambda base: {
+        "optimizer": optimizer,
+        "batch_size": times * base["batch_size"],
+        "max_batch_size": max(times, most) * base["batch_size"],
+        "lr": rate * math.sqrt(times),
+    }
+
+
+def _adamw(times: int, most: int = 0, **changes: Any) -> Callable[[Settings], Settings]:
+    return lambda base: {**_at("adamw", ADAMW_RATE, times, most)(base), **changes}
+
+
+def _muon(times: int, most: int = 0, **changes: Any) -> Callable[[Settings], Settings]:
+    return lambda base: {**_at(MUON, MUON_RATE, times, most)(base), **changes}
+
+
+def _compared(controller: str) -> Settings:
+    """Return a controller that compares the gradients of microbatches."""
+    return {"controller": controller, "microbatch_size": SMALL_BATCH // 4}
+
+
+METHODS: Mapping[str, Callable[[Settings], Settings]] = {
+    "adamw-1x": _adamw(1),
+    "adamw-4x": _adamw(4),
+    "muon-8x": _muon(8),
+    "adamw-seesaw": _adamw(1, 16, controller="seesaw"),
+    "muon-16x": _muon(16),
+    "muon-seesaw": _muon(4, 32, controller="seesaw"),
+    "adamw-8x": _adamw(8),
+    "muon-1x": _muon(1),
+    "adamw-16x": _adamw(16),
+    "adamw-critical": _adamw(1, 16, controller="critical"),
+    "muon-critical": _muon(4, 32, controller="critical"),
+    "adamw-norm-test": _adamw(1, 16, **_compared("norm-test")),
+    "adamw-noise-scale": _adamw(1, 16, **_compared("noise-scale")),
+}
+"""What each method changes in the settings of a problem, the most useful first."""
+
+
+def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
+    """The grid: the tuning of the rates, then all methods, seed by seed.
+
+    smoke: one method a kind, in seconds. gpu, full: a larger decoder and more text.
+    """
+    if scale == "smoke":
+        return [cell("smoke", SMOKE, method, 0) for method in ("adamw-1x", "muon-seesaw")]
+    if scale != "cpu":
+        return [cell("larger", LARGER, method, seed) for seed in seeds for method in METHODS]
+    found = [
+        _tuning(name, optimizer, rate)
+        for name, optimizer in (("adamw", "adamw"), ("muon", MUON))
+        for rate in TUNING[name]
+    ]
+    return found + [cell("python", BASE, method, seed) for seed in seeds for method in METHODS]
+
+
+def cell(problem: str, base: Settings, method: str, seed: int) -> Cell:
+    """One cell."""
+    return Cell(problem, method, seed, {**_COMMON, **base, **METHODS[method](base)})
+
+
+_COMMON: Settings = {"controller": "fixed", "curvature": "off", "plots": False, "threads": 1}
+
+
+def _tuning(name: str, optimizer: Any, rate: float) -> Cell:
+    sixth = {**BASE, "train_examples": 3072, "epochs": 1}
+    settings = {**_COMMON, **sixth, **_at(optimizer, rate, 1)(sixth)}
+    return Cell("tuning", f"{name}-{rate:g}", TUNING_SEED, settings)
