@@ -33,6 +33,7 @@ from hessianflow.training import (
     AfterEpoch,
     Checkpoints,
     Divergence,
+    Every,
     Passes,
     Reporting,
     Schedule,
@@ -76,6 +77,7 @@ def build_trainer(
         controller=controller,
         adversary=build_adversary(config, parts.train, parts.spread),
         epochs=config.epochs,
+        every=part_of_an_epoch(config, examples),
         probe=build_probe(config, parts, transform, sharded(world), optimizer),
         observers=observers,
         transform=transform,
@@ -97,6 +99,13 @@ def build_trainer(
         ),
         world=world,
     )
+
+
+def part_of_an_epoch(config: RunConfig, examples: int) -> Every | None:
+    """Return the length of the parts of a pass over so many examples; None: it is not divided."""
+    if config.epoch_parts is None or config.epoch_parts == 1:
+        return None
+    return Every(examples=-(-examples // config.epoch_parts))
 
 
 def _passes(config: RunConfig, observers: list[GradientObserver]) -> Passes:

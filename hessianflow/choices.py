@@ -74,12 +74,14 @@ def build_scheduler(
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
     """Return the schedule below the controller's factor, and the unit of its steps.
 
-    It takes one step per epoch. With warm-up it takes one per reference batch of examples, so that
-    the rate rises smoothly; a scheduler class of torch has no warm-up.
+    It takes one step per epoch. With warm-up, or where a pass over the data is divided into parts,
+    it takes one per reference batch of examples, so that the rate changes smoothly; a scheduler
+    class of torch has no warm-up, and counts parts.
     """
     kind = KINDS["schedule"]
     if "optimizer" in parameters_of(find(kind, config.schedule.name, "schedule")):
-        scheduler = make(kind, config.schedule, epochs=config.epochs, optimizer=optimizer)
+        epochs = config.counted_epochs
+        scheduler = make(kind, config.schedule, epochs=epochs, optimizer=optimizer)
         return scheduler, "epoch"
     shape = schedule_of(config)
     if config.warmup_epochs == 0 and config.schedule.name == "constant":
@@ -89,13 +91,14 @@ def build_scheduler(
     def of_epoch(epoch: int) -> float:
         return float(shape(epoch))
 
-    if config.warmup_epochs == 0:
+    if config.warmup_epochs == 0 and config.counted_epochs == config.epochs:
         return lr_scheduler.LambdaLR(optimizer, of_epoch), "epoch"
     steps_per_epoch = examples / config.batch_size
     warmup_steps = steps_per_epoch * config.warmup_epochs
 
     def of_step(step: int) -> float:
-        return min((step + 1) / warmup_steps, 1.0) * float(shape(step / steps_per_epoch))
+        ramp = min((step + 1) / (warmup_steps or 1.0), 1.0)
+        return ramp * float(shape(step / steps_per_epoch))
 
     return lr_scheduler.LambdaLR(optimizer, of_step), "reference_batch"
 

@@ -81,6 +81,9 @@ class TrainConfig:
             is stated for this size; default: that of the data set.
         max_batch_size: Cap on the batch size; default: that of the data set.
         epochs: Passes over the training data; default: that of the data set.
+        epoch_parts: Parts that each pass over the data is divided into, for runs of few passes: after
+            each part the run evaluates, records, measures, decides and saves, and controllers count
+            parts as epochs; default: 1.
         lr: Learning rate at batch_size; default: that of the data set for sgd, 0.001 for adam and
             adamw, and 0.24 for muon; lars, clars and lamb have a default for digits only.
         warmup_epochs: Epochs over which the rate rises linearly from 0 to that of the schedule.
@@ -173,6 +176,7 @@ class TrainConfig:
     batch_size: Count | None = _of("training")
     max_batch_size: Count | None = _of("training")
     epochs: Epochs | None = _of("training")
+    epoch_parts: Epochs | None = _of("training")
     lr: Rate | None = _of("training")
     warmup_epochs: EpochTime = _of("training", 0.0)
     lr_rule: LRRuleName | None = _of("training")
@@ -248,6 +252,11 @@ class RunConfig(TrainConfig):
     channels_last: bool = False
 
     @property
+    def counted_epochs(self) -> int:
+        """Return the epochs that controllers and records count: parts of passes over the data."""
+        return self.epochs * (self.epoch_parts or 1)
+
+    @property
     def is_dual_batch(self) -> bool:
         """Return whether workers train apart, with a parameter server."""
         return self.controller.name == "dual-batch"
@@ -255,7 +264,7 @@ class RunConfig(TrainConfig):
 
 _NEVER_FILLED = (
     *("resolution", "resolutions", "resolution_batch_sizes", "dropouts", "split_norm"),
-    *("block_length", "channels_last"),
+    *("block_length", "channels_last", "epoch_parts"),
     *("min_workers", "max_workers", "ray_address"),
 )
 """Settings that no preset fills unless they have an effect, so they are always explicit wishes."""

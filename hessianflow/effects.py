@@ -44,6 +44,7 @@ EFFECTIVE: Mapping[str, tuple[Case, ...]] = {
     "block_length": (_TEXT,),
     "channels_last": (_IMAGES,),
     "resolution": (_IMAGES,),
+    "epoch_parts": ({**_SAVED, "resolution": AllBut(("cyclic", "once", "uniform"))},),
     "max_lr_factor": ({"lr_rule": ("linear", "sqrt", "none")},),
     "overfitting_alarm": ({**_IMAGES, **_ONE_TRAINER},),
     "alarm_eps": ({"overfitting_alarm": (True,), **_ONE_TRAINER},),

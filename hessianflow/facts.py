@@ -8,7 +8,7 @@ class RunFacts:
     """The figures and choices of a run that the options of its methods may depend on.
 
     Attributes:
-        epochs: Passes over the training data.
+        epochs: Passes over the training data; for a controller, the epochs that it counts.
         batch_size: Examples per optimizer step at the start.
         max_batch_size: Cap on growing batches.
         optimizer: Name of the optimizer; if one wraps another (SAM), the name of the inner one.

@@ -48,9 +48,13 @@ def resolve(config: TrainConfig) -> RunConfig:
     inner = innermost(values["optimizer"])
     milestones = _milestones(preset.milestones, preset.settings["epochs"], values["epochs"])
     run = _facts(values, inner, milestones)
-    for name in ("schedule", "adversary", "controller"):
+    for name in ("schedule", "adversary"):
         if values[name].name != "none":
             values[name] = complete(KINDS[name], values[name], run, preset.methods, name)
+    counted = _counted(run, config.epoch_parts or 1)
+    values["controller"] = complete(
+        KINDS["controller"], values["controller"], counted, preset.methods, "controller"
+    )
     values["lr"] = _rate(config, inner.name, preset.settings["lr"])
     values["lr_rule"] = config.lr_rule or _rule(values, inner.name)
     values |= _images(config)
@@ -151,6 +155,12 @@ def _facts(
         lr_rule=values["lr_rule"],
         adversary=values["adversary"].name,
     )
+
+
+def _counted(run: RunFacts, parts: int) -> RunFacts:
+    """Return the facts about a run as its controller counts them: in parts of passes."""
+    milestones = tuple(parts * milestone for milestone in run.milestones)
+    return replace(run, epochs=parts * run.epochs, milestones=milestones)
 
 
 def _milestones(usual: tuple[int, ...], usual_epochs: int, epochs: int) -> tuple[int, ...]:

@@ -175,7 +175,7 @@ def _basis(arguments: Namespace, run: "PlanBasis") -> Basis:
     if run.history is None:
         phases, phases_source = planned_phases(run)
     else:
-        phases = recorded_phases(run.history, config.epochs)
+        phases = recorded_phases(run.history, config.counted_epochs)
         phases_source = f"recorded in {arguments.run}"
     measured = _measured(arguments, run, microbatch)
     if arguments.update_seconds is not None:

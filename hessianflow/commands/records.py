@@ -145,7 +145,7 @@ def _replay(arguments: Namespace) -> int:
     controller = build_controller(config)
     sizes = {
         "examples_per_epoch": history.fact("examples_per_epoch"),
-        "total_epochs": config.epochs,
+        "total_epochs": config.counted_epochs,
     }
     result = replay(history.records, controller, **sizes)
     for step in result.changes:

@@ -139,18 +139,19 @@ def planned_phases(run: PlanBasis) -> tuple[list[Phase], str]:
     """
     config = run.config
     controller = build_controller(config)
-    epochs = config.epochs
+    epochs = config.counted_epochs
+    examples = -(-run.examples // (config.epoch_parts or 1))
     phases = []
     guessed = False
     for epoch in range(1, epochs + 1):
-        phases.append(Phase(run.examples, controller.decision.batch_size))
+        phases.append(Phase(examples, controller.decision.batch_size))
         if controller.needs - {"eigenvalue"}:
             raise HessianFlowError(
                 f"--controller {config.controller.name} decides from measurements of a run: name"
                 " one it made with --run, or plan with --controller fixed"
             )
         guessed = guessed or "eigenvalue" in controller.needs
-        progress = Progress(epoch, epoch * run.examples, 0, run.examples, epochs)
+        progress = Progress(epoch, epoch * examples, 0, examples, epochs)
         if controller.is_due(progress):
             controller.update(progress)
     origin = f"--controller {config.controller.name}"
