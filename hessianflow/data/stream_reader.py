@@ -25,8 +25,7 @@ from hessianflow.data.streams import stream_seed
 from hessianflow.interfaces import HessianFlowError
 
 SNAPSHOT_EXAMPLES = 1024
-"""Examples from one state of the source that is remembered to the next. This is our choice: more
-of them cost time while training, fewer of them cost time at a resume."""
+"""Examples between two states of the source that are remembered: our choice, as each costs time."""
 
 
 class Reader:
@@ -148,9 +147,8 @@ class Reader:
     def next_chunk(self, wanted: int) -> Chunk | None:
         """Return the next examples, or None at the end of the lap.
 
-        Without workers, a source of examples is read in one piece of at least `wanted`, which is
-        stacked at once where it can be: what waits as a stack takes less time to use than objects
-        that have left the caches of the processor.
+        Without workers, a source of examples is read in one piece of at least `wanted`, stacked at
+        once where it can be: objects that wait are slower to use.
 
         Raises:
             HessianFlowError: A worker has died, an example is refused, the source cannot be started
