@@ -81,9 +81,9 @@ class TrainConfig:
             is stated for this size; default: that of the data set.
         max_batch_size: Cap on the batch size; default: that of the data set.
         epochs: Passes over the training data; default: that of the data set.
-        epoch_parts: Parts that each pass over the data is divided into, for runs of few passes: after
-            each part the run evaluates, records, measures, decides and saves, and controllers count
-            parts as epochs; default: 1.
+        epoch_parts: Parts that each pass over the data is divided into, for runs of few passes; the
+            run evaluates, measures, decides and saves after each, and controllers count parts as
+            epochs; default: 1.
         lr: Learning rate at batch_size; default: that of the data set for sgd, 0.001 for adam and
             adamw, and 0.24 for muon; lars, clars and lamb have a default for digits only.
         warmup_epochs: Epochs over which the rate rises linearly from 0 to that of the schedule.

@@ -20,16 +20,12 @@ from hessianflow.data import loading
 from hessianflow.data.randomness import Randomness
 from hessianflow.data.regroup import consumed
 from hessianflow.data.stream_making import BatchMaker
-from hessianflow.data.stream_source import Source, WorkerChunks
+from hessianflow.data.stream_source import Chunk, Source, WorkerChunks, as_it_is
 from hessianflow.data.streams import stream_seed
 from hessianflow.interfaces import HessianFlowError
 
 SNAPSHOT_EXAMPLES = 1024
-"""Examples from one state of the source that is remembered to the next. This is our choice: more
-of them cost time while training, fewer of them cost time at a resume."""
-
-Chunk = tuple[int, Any]
-"""A number of examples and a list of them, or a batch of them."""
+"""Examples between two states of the source that are remembered: our choice, as each costs time."""
 
 
 class Reader:
@@ -79,7 +75,7 @@ class Reader:
         self._fresh: tuple[int, Any] | None = None  # a lap and the state at its start
         self._items: Iterator[Any] | None = None
         self._sent = WorkerChunks(source, chunk_size, self._pack())
-        self._options = {**options, "batch_size": None, "collate_fn": _as_it_is}
+        self._options = {**options, "batch_size": None, "collate_fn": as_it_is}
         self._loader: DataLoader[Any] | None = None
         self._ending: weakref.finalize[..., Reader] | None = None
 
@@ -151,9 +147,8 @@ class Reader:
     def next_chunk(self, wanted: int) -> Chunk | None:
         """Return the next examples, or None at the end of the lap.
 
-        Without workers, a source of examples is read in one piece of at least `wanted`, which is
-        stacked at once where it can be: what waits as a stack takes less time to use than objects
-        that have left the caches of the processor.
+        Without workers, a source of examples is read in one piece of at least `wanted`, stacked at
+        once where it can be: objects that wait are slower to use.
 
         Raises:
             HessianFlowError: A worker has died, an example is refused, the source cannot be started
@@ -353,7 +348,3 @@ class Reader:
         if self._ending is not None:
             self._ending.detach()
             self._ending = None
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk

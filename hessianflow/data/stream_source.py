@@ -18,6 +18,9 @@ from hessianflow.data.regroup import consumed
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article
 
+Chunk = tuple[int, Any]
+"""A number of examples and a list of them, or a batch of them."""
+
 
 class Source:
     """An iterable, or a function that makes an iterator, which is started once for each lap.
@@ -132,3 +135,8 @@ def loader_options(
         options["prefetch_factor"] = max(2, chunks)
         options["persistent_workers"] = persistent_workers
     return options
+
+
+def as_it_is(chunk: Any) -> Any:
+    """Return a chunk that a worker sends as it is."""
+    return chunk

@@ -134,7 +134,7 @@ class GroupWorld:
         if not isinstance(data, Shardable):
             raise HessianFlowError(
                 f"{type(data).__name__} cannot be shared out to {self.world_size} ranks: it lacks "
-                "set_shard(rank, world_size); use hf.data.DeviceBatches or hf.data.AdaptiveBatches"
+                "set_shard(rank, world_size); use the batches of hf.data"
             )
         data.set_shard(self.rank, self.world_size)
 

@@ -47,8 +47,9 @@ def check_data(train_data: object, eval_data: object) -> None:
     if not isinstance(train_data, ResizableBatches):
         raise HessianFlowError(
             f"train_data must be batches whose size can change, got {named(train_data)}: use"
-            " hf.data.DeviceBatches(inputs, targets, batch_size) or"
-            " hf.data.AdaptiveBatches(dataset, batch_size)"
+            " hf.data.DeviceBatches(inputs, targets, batch_size),"
+            " hf.data.AdaptiveBatches(dataset, batch_size) or, for iterable data,"
+            " hf.data.StreamBatches(dataset, batch_size)"
         )
     if eval_data is None:
         return

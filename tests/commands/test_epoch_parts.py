@@ -8,7 +8,7 @@ import pytest
 
 from hessianflow.cli import main
 
-SHORT = ("--data", "fake", "--train-examples", "256", "--test-examples", "32", "--model", "mlp")
+SHORT = ("--data", "digits", "--train-examples", "256", "--test-examples", "32")
 QUIET = ("--plots", "false", "--adversary", "none", "--curvature", "off")
 
 
@@ -47,20 +47,9 @@ def test_the_rate_falls_within_the_pass(tmp_path: Path) -> None:
         )
         rates = [row["lr"] for row in rows(run_dir, "epoch")]
         assert rates == sorted(rates, reverse=True)
-        assert rates[-1] == pytest.approx(rates[0] / (32 / (int(parts)) - 1) * 0 + rates[-1])
         # The last of 32 steps is taken at 1/32 of the first rate, the first step at all of it.
         first = json.loads((run_dir / "config.json").read_text())["settings"]["lr"]
         assert rates[-1] == pytest.approx(first / 32)
-
-
-def test_a_stopped_run_resumes(tmp_path: Path) -> None:
-    options = ("--controller", "fixed", "--batch-size", "8", "--epoch-parts", "4")
-    assert train(tmp_path / "short", *options, "--epochs", "1") == 0
-    assert train(tmp_path / "long", *options, "--epochs", "2") == 0
-    assert main(["resume", str(tmp_path / "short"), "--epochs", "2"]) == 0
-    assert [row["examples"] for row in rows(tmp_path / "short", "epoch")] == [
-        row["examples"] for row in rows(tmp_path / "long", "epoch")
-    ]
 
 
 @pytest.mark.parametrize(
