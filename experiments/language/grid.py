@@ -58,6 +58,8 @@ TUNING: Mapping[str, tuple[float, ...]] = {
     "muon": (0.48, 0.24, 0.96),
 }
 TUNING_SEED = 2
+PARTS: Settings = {"epoch_parts": 12}
+"""For controllers that decide at the ends of epochs, and for the curves of the curvature."""
 MUON: Settings = {"name": "muon", "rest": "adamw"}
 
 
@@ -94,10 +96,12 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "adamw-8x": _adamw(8),
     "muon-1x": _muon(1),
     "adamw-16x": _adamw(16),
-    "adamw-critical": _adamw(1, 16, controller="critical"),
-    "muon-critical": _muon(4, 32, controller="critical"),
+    "adamw-critical": _adamw(1, 16, controller="critical", **PARTS),
+    "muon-critical": _muon(4, 32, controller="critical", **PARTS),
     "adamw-norm-test": _adamw(1, 16, **_compared("norm-test")),
-    "adamw-noise-scale": _adamw(1, 16, **_compared("noise-scale")),
+    "adamw-noise-scale": _adamw(1, 16, **_compared("noise-scale"), **PARTS),
+    "adamw-1x-measured": _adamw(1, curvature="epoch", **PARTS),
+    "muon-8x-measured": _muon(8, curvature="epoch", **PARTS),
 }
 """What each method changes in the settings of a problem, the most useful first."""
 

@@ -92,7 +92,7 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=True)
 
     def close(self) -> None:
-        """End the bar."""
+        """Leave the bar as it is shown."""
         self._bar.close()
 
 

@@ -135,7 +135,7 @@ def test_damaged_config_is_named(tmp_path: Path):
         ("{", r"config.json is not JSON"),
         ("[1]", "must hold a JSON object, found a list"),
         ('{"trainer": [1]}', r"trainer must be an object, got \[1\]: the file is damaged"),
-        ('{"trainer": {"epochs": "3"}}', r'trainer.epochs must be a whole number, got "3"'),
+        ('{"trainer": {"epochs": "3"}}', r'trainer.epochs must be a whole number or null, got "3"'),
         (
             '{"trainer": {"examples_per_epoch": 0}}',
             r"trainer.examples_per_epoch must be at least 1, got 0",
