@@ -60,7 +60,8 @@ class AdaptiveBatchTrainer(Run):
             graph where its `is_second_order` is true. One with `train()` and `eval()` (the
             schedule-free ones) is switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
-            `LossFn`).
+            `LossFn`). Batches that are one mapping are given whole, as loss_fn(model, batch);
+            :class:`hessianflow.ModelLoss` is the loss that the model computes itself.
         epochs: passes over the training data. The run ends at the first of its limits, of which
             one must be given.
         max_updates: optimizer steps to train for at most.
