@@ -26,6 +26,8 @@ STUDIES = (
     "spectra",
     "squeezenext",
 )
+NEW = ("language",)
+"""Studies whose rows were all made in the words of today."""
 OF_PROGRAMS = {
     "conadv": {"attack_eps", "attack_steps", "attack_examples"},
     "spectra": {"examples", "measured_after", "points", "probes", "steps"},
@@ -110,7 +112,7 @@ def test_rows_in_the_words_of_their_time_count_as_done(study: str) -> None:
     known = [cell for cell in cells if (cell.problem, cell.method, cell.seed) in recorded]
     assert len(known) >= 6
     assert unfinished(known, folder / "results.jsonl") == []
-    assert any(is_older(row["settings"]) for row in rows(study))
+    assert any(is_older(row["settings"]) for row in rows(study)) or study in NEW
 
 
 def test_settings_are_compared_in_one_spelling() -> None:
