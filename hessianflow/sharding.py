@@ -52,7 +52,7 @@ def check_whole(model: nn.Module, name: str, way_out: str) -> None:
         way_out: what to do instead.
     """
     wrappers: Iterable[str] = filter(None, map(sharded_by, model.modules()))
-    wrapper = next(iter(wrappers), "")
+    wrapper = next((f"{wrapper} (FSDP)" for wrapper in wrappers), "")
     if not wrapper and any(map(is_shard, model.parameters())):
         wrapper = "DTensor (tensor parallelism)"
     if wrapper:

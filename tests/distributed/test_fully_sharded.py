@@ -5,6 +5,7 @@ The oracle is the same model in one process.
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import hessianflow as hf
 from hessianflow.curvature import critical_rate, noise_scale
 from hessianflow.curvature.noise_scale import NoiseScaleResult
 from hessianflow.distributed.launch import run_local
+from hessianflow.interfaces import HessianFlowError
 
 pytestmark = pytest.mark.ranks
 
@@ -142,3 +144,140 @@ def test_shards_give_the_figures_of_one_process() -> None:
                 if kind == "same batch":
                     expected_noise = expected["monitor"]["noise_scale"]
                     assert seen["noise_scale"] == pytest.approx(expected_noise, rel=1e-5)
+
+
+def held_gradients(reducer: Any) -> Any:
+    model = fully_sharded()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    own = share(reducer.rank)
+    F.cross_entropy(model(own[0]), own[1]).backward()
+    found = critical_rate(
+        model, F.cross_entropy, own, optimizer, form="forward", use_grad=True, norm_mode="eval"
+    )
+    again = critical_rate(model, F.cross_entropy, own, optimizer, form="forward")
+    return found.critical, again.critical
+
+
+def test_the_gradients_of_the_loop_give_the_same_rate() -> None:
+    for held, computed in run_local(held_gradients, 2, timeout_seconds=120):
+        assert held == pytest.approx(computed, rel=1e-9)
+
+
+def message(measure: Callable[[], object]) -> str:
+    try:
+        measure()
+    except HessianFlowError as error:
+        return str(error)
+    return "accepted"
+
+
+def mistakes(reducer: Any) -> dict[str, str]:
+    model = fully_sharded()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    loss, (inputs, targets) = F.cross_entropy, share(reducer.rank)
+    uneven = inputs[: 8 + 4 * reducer.rank], targets[: 8 + 4 * reducer.rank]
+    broken = inputs.clone()
+    broken[0] = math.nan if reducer.rank else 0.0
+    ignored = targets.clone()
+    ignored[: 9 * reducer.rank] = -100
+
+    def rate(*batch: Any, optimizer: Any = optimizer, **options: Any) -> Callable[[], object]:
+        options = {"form": "forward", "microbatch_size": 4, **options}
+        return lambda: critical_rate(model, loss, batch, optimizer, **options)
+
+    def fails_on_one(outputs: Any, targets: Any) -> Any:
+        if reducer.rank:
+            raise HessianFlowError("no loss here")
+        return loss(outputs, targets)
+
+    found = {
+        "uneven": message(rate(*uneven)),
+        "not finite": message(rate(broken, targets)),
+        "ignored": message(rate(inputs, ignored)),
+        "one fails": message(
+            lambda: critical_rate(model, fails_on_one, (inputs, targets), optimizer, form="forward")
+        ),
+        "product": message(rate(inputs, targets, form="product")),
+        "noise": message(lambda: noise_scale(model, loss, (inputs, targets))),
+        "parts": message(
+            lambda: noise_scale(model, loss, [uneven] * (4 + reducer.rank), form="simple")
+        ),
+        "LARS": message(lambda: hf.optim.LARS(model.parameters(), lr=0.1)),
+        "CLARS": message(lambda: hf.optim.CLARS(model.parameters(), lr=0.1)),
+        "LAMB": message(lambda: hf.optim.LAMB(model.parameters(), lr=0.1)),
+        "Muon": message(lambda: hf.optim.Muon(model.parameters(), lr=0.1)),
+        "Adagrad": message(
+            rate(inputs, targets, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1))
+        ),
+        "trainer": message(
+            lambda: hf.AdaptiveBatchTrainer(
+                model,
+                hf.data.DeviceBatches(inputs, targets, 8),
+                optimizer=optimizer,
+                loss_fn=loss,
+                epochs=1,
+            )
+        ),
+        "again": message(rate(inputs, targets)),
+    }
+    model[0].reshard()
+    partly = network()
+    torch.distributed.fsdp.fully_shard(partly, ignored_params={partly[0].bias})
+    own = SGD(partly.parameters(), lr=0.1)
+    found["partly"] = message(
+        lambda: critical_rate(partly, loss, (inputs, targets), own, form="forward")
+    )
+    return found
+
+
+def test_what_cannot_be_measured_says_so_on_all_ranks() -> None:
+    expected = {
+        "uneven": "the ranks cut their examples into 2, 3 pieces",
+        "not finite": "the loss is not finite",
+        "ignored": "the ranks cut their examples into 9, 7 pieces",
+        "product": "the model is sharded by fully_shard (FSDP), and autograd does not reach the"
+        ' shards; take form="forward" of critical_rate',
+        "noise": "the model is sharded by fully_shard (FSDP)",
+        "parts": "the ranks cut their examples into 4, 5 pieces",
+        **{
+            name: f"{name} needs whole parameters, but number 0 is a DTensor (FSDP"
+            for name in ("LARS", "CLARS", "LAMB", "Muon")
+        },
+        "Adagrad": "Adagrad cannot step a shard of a DTensor (FSDP) by itself",
+        "trainer": "AdaptiveBatchTrainer cannot use a model sharded by fully_shard (FSDP): pass",
+        "again": "accepted",
+        "partly": "0.bias is in no shard, but the model is sharded by fully_shard (DTensor)",
+    }
+    first, second = run_local(mistakes, 2, timeout_seconds=120)
+    assert first.pop("one fails").startswith("another rank cannot measure its part")
+    assert second.pop("one fails") == "no loss here"
+    for found in (first, second):
+        assert found.keys() == expected.keys()
+        for name, start in expected.items():
+            assert found[name].startswith(start), (name, found[name])
+
+
+def replicated(reducer: Any) -> Any:
+    """DistributedDataParallel: each process measures for itself, and one may do so alone."""
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    trained(model, optimizer, share(reducer.rank))
+    before = state(model, optimizer)
+    alone = None
+    if reducer.rank == 0:
+        alone = figures(model, optimizer, batch(), batch(), 18)
+    together = figures(model, optimizer, batch(), batch(), 18)
+    assert all(map(torch.equal, before, state(model, optimizer)))
+    trained(model, optimizer, share(reducer.rank))
+    return alone, together
+
+
+def test_replicas_are_measured_by_each_process_alone() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    trained(model, optimizer, batch())
+    expected = figures(model, optimizer, batch(), batch(), 18)
+    (alone, first), (_, second) = run_local(replicated, 2, timeout_seconds=120)
+    for found in (alone, first, second):
+        for entry, values in expected.items():
+            assert found[entry] == pytest.approx(values, rel=1e-5), entry
