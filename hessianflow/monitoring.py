@@ -10,12 +10,14 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from hessianflow.curvature import HessianOperator, NonFiniteError, noise_scale, top_eigenpairs
-from hessianflow.curvature.critical_rate import critical_rate_on
+from hessianflow.curvature.critical_rate import CriticalRate, critical_rate, critical_rate_on
 from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
 from hessianflow.curvature.noise_scale import TooFewPartsError
 from hessianflow.curvature.preconditioned import PreconditionedOperator
+from hessianflow.curvature.sharded_loss import ShardedLoss, by_first_derivatives
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import unwrap
+from hessianflow.sharding import own_part
 
 TOLERANCE = 1e-2
 """Relative error of the sharpness. Our choice."""
@@ -58,6 +60,12 @@ def monitor(
 
     Call it now and then, between two steps. It needs no controller and no trainer, and leaves
     model, optimizer, gradients and random generators as they were.
+
+    In DistributedDataParallel every process measures for itself and waits for no other: one may
+    call alone, and with its own share of the batch its figures are of that share. Where
+    `fully_shard` (FSDP2) shards the model, all ranks call together, each with its share or all with
+    the same batch, and get the figures of all examples but those that take second derivatives: a
+    warning names them, and they are nan.
 
     Args:
         model: the model; wrappers are removed.
@@ -106,22 +114,31 @@ def monitor(
     figures = dict.fromkeys(NAMES, math.nan)
     figures |= {"learning_rate": geometry.rate, "threshold": geometry.threshold, "products": 0.0}
     options: dict[str, Any] = {"norm_mode": norm_mode, "microbatch_size": microbatch_size}
-    operator = HessianOperator(model, loss_fn, batch, check_deterministic=False, **options)
+    operator = by_first_derivatives(model, loss_fn, batch, check_deterministic=False, **options)
+    is_sharded = isinstance(operator, ShardedLoss)
+    if is_sharded:
+        warnings.warn(
+            "hf.monitor leaves out what takes second derivatives, such as the critical batch: the"
+            " model is sharded by fully_shard (DTensor)",
+            stacklevel=2,
+        )
     if not set(operator.parameters) & set(geometry.parameters):
         raise HessianFlowError(
             f"the {geometry.name} holds no trainable weight of the model: pass the optimizer that"
             " trains it, made of its parameters as they are now"
         )
     try:
-        _along_the_update(figures, operator, unwrap(model), optimizer, geometry)
+        _along_the_update(figures, operator, (model, loss_fn, batch), optimizer, geometry, options)
         price = time.perf_counter() - began
-        if geometry.linear:
+        if geometry.linear and not is_sharded:
             left = seconds - price * (1 + NOISE)
             if left < LEAST_PRODUCTS * KEPT * price:  # rather the sharpness than the noise
                 left = seconds - price
             _sharpness(figures, operator, geometry, int(min(left / (KEPT * price), 100.0)))
         operator.release()
-        if began + seconds - time.perf_counter() >= NOISE * price:
+        fits = float(began + seconds - time.perf_counter() >= NOISE * price)
+        # One rank that has the time is enough: all must join in.
+        if operator.over_ranks(torch.tensor(fits)) > 0:
             _noise(figures, geometry, operator, (model, loss_fn, batch), options)
     except NonFiniteError:
         pass  # what was measured before stays; the rest is nan
@@ -134,12 +151,17 @@ def monitor(
 def _along_the_update(
     figures: dict[str, float],
     operator: HessianOperator,
-    model: nn.Module,
+    problem: tuple[nn.Module, LossFn, Any],
     optimizer: Optimizer,
     geometry: OptimizerGeometry,
+    options: dict[str, Any],
 ) -> None:
+    found: CriticalRate
     try:
-        found = critical_rate_on(operator, model, optimizer)
+        if isinstance(operator, ShardedLoss):
+            found = critical_rate(*problem, optimizer, form="forward", **options)
+        else:
+            found = critical_rate_on(operator, unwrap(problem[0]), optimizer)
     except NonFiniteError:
         raise
     except HessianFlowError:
@@ -177,9 +199,13 @@ def _noise(
     factors = None
     if geometry.linear:
         factors = [
-            torch.as_tensor(geometry.inverse(p), dtype=operator.dtype, device=p.device).expand_as(p)
+            own_part(
+                torch.as_tensor(geometry.inverse(p), dtype=operator.dtype, device=p.device)
+            ).expand_as(own_part(p))
             for p in operator.parameters
         ]
+    if isinstance(operator, ShardedLoss):
+        options = {**options, "form": "simple"}
     try:
         found = noise_scale(*problem, update=factors, parts=PARTS, **options)
     except NonFiniteError:

@@ -23,6 +23,7 @@ SHARED = {
     "checks",
     "facts",
     "user_code",
+    "sharding",
 }
 ALLOWED: dict[str, set[str]] = {
     **{
@@ -40,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "structure": set(),
     "losses": {"losses", "batches", "interfaces", "measuring", "structure"},
     "measuring": {"interfaces"},
-    "monitoring": {"interfaces", "measuring", "curvature"},
+    "monitoring": {"interfaces", "measuring", "curvature", "sharding"},
+    "sharding": {"interfaces"},
     "normalisation": {"normalisation", "batches", "interfaces", "losses", "measuring"},
     "memory": set(),
     "checks": {"interfaces"},

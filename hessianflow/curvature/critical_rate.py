@@ -26,7 +26,7 @@ units, which no second derivative sees, add 5 to 31 % to it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -40,9 +40,11 @@ from hessianflow.curvature.displacement import displacement
 from hessianflow.curvature.geometry import ALONG, reference_rate
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.loss_line import LossLine
+from hessianflow.curvature.sharded_loss import by_first_derivatives
 from hessianflow.curvature.vectors import estimating, flatten
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
 from hessianflow.measuring import measuring, unwrap
+from hessianflow.sharding import own_part
 
 Form = Literal["product", "forward"]
 
@@ -178,7 +180,10 @@ def critical_rate(
         True
     """
     check_choice("form", form, get_args(Form))
-    operator = HessianOperator(
+    make: Callable[..., HessianOperator] = HessianOperator
+    if form == "forward":
+        make = by_first_derivatives
+    operator = make(
         model,
         loss_fn,
         batch,
@@ -194,7 +199,7 @@ def critical_rate(
             gradient = operator.kept_gradient()
         else:
             gradient = operator.gradient()
-        along = _along(operator, unwrap(model), optimizer, gradient)
+        along = _along(operator, unwrap(model), optimizer, gradient, operator.over_ranks)
         del gradient
         if along.note:
             return CriticalRate(rate, math.nan, along.slope, math.nan, note=along.note)
@@ -210,7 +215,7 @@ def critical_rate_on(
 ) -> CriticalRate:
     """Return the critical rate of an operator's loss by one product, as :func:`critical_rate`."""
     rate = reference_rate(optimizer)
-    along = _along(operator, model, optimizer, operator.kept_gradient())
+    along = _along(operator, model, optimizer, operator.kept_gradient(), lambda numbers: numbers)
     if along.note:
         return CriticalRate(rate, math.nan, along.slope, math.nan, note=along.note)
     return _by_product(operator, along.moved, rate, along.slope)
@@ -225,12 +230,16 @@ class _Along(NamedTuple):
 
 
 def _along(
-    operator: UpdateOperator, model: nn.Module, optimizer: Optimizer, gradient: Tensor
+    operator: UpdateOperator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    gradient: Tensor,
+    over_ranks: Callable[[Tensor], Tensor],
 ) -> _Along:
     with measuring(model), estimating(operator):
         moved = displacement(optimizer, operator.parameters, gradient)
-        slope = float(torch.dot(gradient, moved))
-        length = float(moved.norm())
+        numbers = torch.stack([torch.dot(gradient, moved), moved.norm()])
+        slope, length = over_ranks(numbers).tolist()  # one wait for the device
     note = ""
     if length == 0:
         note = "the update is zero"
@@ -245,13 +254,14 @@ def held_gradient(operator: HessianOperator) -> Tensor:
     Raises:
         HessianFlowError: none of them holds one.
     """
-    gradients = [parameter.grad for parameter in operator.parameters]
+    parts = [own_part(parameter) for parameter in operator.parameters]
+    gradients = [p.grad if p.grad is None else own_part(p.grad) for p in operator.parameters]
     if all(gradient is None for gradient in gradients):
         raise HessianFlowError(
             "use_grad takes the gradients that the parameters hold, but none has one: call"
             " backward() first"
         )
-    return flatten(gradients, operator.parameters, operator.dtype)
+    return flatten(gradients, parts, operator.dtype)
 
 
 def _by_product(operator: UpdateOperator, moved: Tensor, rate: float, slope: float) -> CriticalRate:

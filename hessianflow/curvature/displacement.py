@@ -25,14 +25,17 @@ from hessianflow.curvature.geometry import stepped_base
 from hessianflow.curvature.surroundings import without_hooks
 from hessianflow.curvature.vectors import unflatten
 from hessianflow.interfaces import HessianFlowError
+from hessianflow.sharding import is_shard, own_part
 
-BY_TENSOR = {
+BY_ENTRY = {
     "torch.optim.sgd.SGD",
     "torch.optim.adam.Adam",
     "torch.optim.adamw.AdamW",
     "torch.optim.rmsprop.RMSprop",
-    "hessianflow.optim.lars.LARS",
 }
+"""Classes whose step of one entry depends on no other, so that shards can be stepped."""
+
+BY_TENSOR = BY_ENTRY | {"hessianflow.optim.lars.LARS"}
 """Classes whose step of one tensor depends on no other; subclasses may differ, and step whole."""
 
 
@@ -44,27 +47,36 @@ def displacement(optimizer: Optimizer, parameters: Sequence[Tensor], gradient: T
 
     Args:
         optimizer: any optimizer that steps without a closure.
-        parameters: the parameters, in the order of the gradient.
+        parameters: the parameters, in the order of the gradient. Of DTensors the shards of this
+            rank are stepped.
         gradient: the gradient to step with, shape [size]; it is not changed.
 
     Raises:
-        HessianFlowError: the optimizer needs a closure, cannot be copied, or its step fails.
+        HessianFlowError: the optimizer needs a closure, cannot be copied or step shards, or its
+            step fails.
     """
     base, _ = stepped_base(optimizer)
     _check_step(base)
-    gradients = dict(zip(parameters, unflatten(gradient, parameters), strict=True))
+    parts = [own_part(parameter) for parameter in parameters]
+    gradients = dict(zip(parameters, unflatten(gradient, parts), strict=True))
     own = [p for group in base.param_groups for p in group["params"]]
     blocks = [own]
-    if f"{type(base).__module__}.{type(base).__qualname__}" in BY_TENSOR:
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    if kind not in BY_ENTRY and any(map(is_shard, own)):
+        raise HessianFlowError(
+            f"{type(base).__name__} cannot step a shard of a DTensor (FSDP) by itself; along the"
+            ' updates of torch\'s SGD, Adam, AdamW and RMSprop form="forward" measures shards'
+        )
+    if kind in BY_TENSOR:
         blocks = [[parameter] for parameter in own if parameter in gradients]
     moved = torch.zeros_like(gradient)
-    pieces = dict(zip(parameters, _views(moved, parameters), strict=True))
+    pieces = dict(zip(parameters, _views(moved, parts), strict=True))
     for block in blocks:
         stepped = _stepped(base, block, gradients)
         with torch.no_grad():
             for parameter, after in zip(block, stepped, strict=True):
                 if parameter in pieces:
-                    pieces[parameter].copy_(parameter).sub_(after)
+                    pieces[parameter].copy_(own_part(parameter)).sub_(after)
     return moved
 
 
@@ -87,12 +99,12 @@ def _stepped(
     optimizer: Optimizer, block: Sequence[Tensor], gradients: dict[Tensor, Tensor]
 ) -> list[Tensor]:
     """Return copies of some parameters after a step of a copy of the optimizer."""
-    copies = [parameter.detach().clone() for parameter in block]
+    copies = [own_part(parameter).detach().clone() for parameter in block]
     for parameter, stand_in in zip(block, copies, strict=True):
         stand_in.requires_grad_(parameter.requires_grad)
         if parameter.requires_grad and parameter in gradients:
             # Optimizers may write to gradients, too.
-            stand_in.grad = gradients[parameter].clone().view_as(parameter)
+            stand_in.grad = gradients[parameter].clone().view_as(stand_in)
     versions = [parameter._version for parameter in block]
     name = type(optimizer).__name__
     everyones = [torch_optimizer.__dict__.get(f"_global_optimizer_{when}_hooks") for when in WHEN]
@@ -134,7 +146,7 @@ def _twin(optimizer: Optimizer, block: Sequence[Tensor], copies: Sequence[Tensor
     held["state"] = type(optimizer.state)(
         optimizer.state.default_factory,
         {
-            key: value
+            key: _own_state(value)
             for key, value in optimizer.state.items()
             if not isinstance(key, Tensor) or id(key) in memo
         },
@@ -144,3 +156,13 @@ def _twin(optimizer: Optimizer, block: Sequence[Tensor], copies: Sequence[Tensor
     hooks = [name for name in vars(optimizer) if name.endswith("_hooks")]
     vars(twin).update({name: OrderedDict() for name in hooks})
     return twin
+
+
+def _own_state(state: Any) -> Any:
+    """Return the state of one parameter, with this rank's shards in place of DTensors."""
+    if not isinstance(state, dict) or not any(map(is_shard, state.values())):
+        return state
+    return {
+        name: own_part(value) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }

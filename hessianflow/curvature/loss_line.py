@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.operator import NonFiniteError
+from hessianflow.sharding import own_part
 
 ASIDE = 0.02
 """Distance of the passes to both sides of the weights, in critical rates. Our choice."""
@@ -38,7 +39,8 @@ class LossLine:
 
     def __init__(self, operator: HessianOperator, moved: Tensor, slope: float) -> None:
         self._operator = operator
-        self._steps = torch.split(moved, [p.numel() for p in operator.parameters])
+        self._weights = [own_part(parameter) for parameter in operator.parameters]
+        self._steps = torch.split(moved, [weight.numel() for weight in self._weights])
         self._slope = slope
         self._start = operator.mean_loss()
         if not math.isfinite(self._start):
@@ -49,23 +51,21 @@ class LossLine:
         self.rounding = _rounding(operator.parameters) * abs(self._start)
 
     def __enter__(self) -> "LossLine":
-        self._origins = [p.detach().clone() for p in self._operator.parameters]
+        self._origins = [weight.detach().clone() for weight in self._weights]
         return self
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
-            for parameter, origin in zip(self._operator.parameters, self._origins, strict=True):
-                parameter.data.copy_(origin)
+            for weight, origin in zip(self._weights, self._origins, strict=True):
+                weight.data.copy_(origin)
 
     def _change(self, scale: float) -> float:
         """Return L(w - scale d) - L(w); infinite if that loss is nan."""
         self.passes += 1
         with torch.no_grad():
-            for parameter, origin, step in zip(
-                self._operator.parameters, self._origins, self._steps, strict=True
-            ):
+            for weight, origin, step in zip(self._weights, self._origins, self._steps, strict=True):
                 # In the type of the step, because weights of 16 bits have no such scales.
-                parameter.data.copy_(torch.sub(origin, step.view_as(origin), alpha=scale))
+                weight.data.copy_(torch.sub(origin, step.view_as(origin), alpha=scale))
         change = self._operator.mean_loss() - self._start
         if math.isnan(change):
             return math.inf

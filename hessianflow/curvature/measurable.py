@@ -5,9 +5,8 @@ other tensors from them, so autograd finds no path from the loss back to the pie
 would be None, and the curvature zero.
 """
 
-import sys
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,16 +15,23 @@ from torch.nn.parameter import is_lazy
 from hessianflow.checks import check_choice
 from hessianflow.interfaces import HessianFlowError, NormMode
 from hessianflow.measuring import check_differentiable
+from hessianflow.sharding import is_shard, sharded_by
 
 _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain model"
+_FORWARD = (
+    'take form="forward" of critical_rate or form="simple" of noise_scale where fully_shard shards'
+    f" the whole model, or {_WAY_OUT}"
+)
 
 
-def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: NormMode) -> None:
+def check_options(
+    model: nn.Module, microbatch_size: int | None, norm_mode: NormMode, takes_shards: bool = False
+) -> None:
     """Raise HessianFlowError if a model cannot be measured, or not with these options."""
     check_choice("norm_mode", norm_mode, get_args(NormMode))
     if microbatch_size is not None and microbatch_size < 1:
         raise HessianFlowError(f"microbatch_size must be at least 1 or None, got {microbatch_size}")
-    check_measurable(model)
+    check_measurable(model, takes_shards)
     if microbatch_size is not None and uses_batch_statistics(model, norm_mode):
         cause = "batch normalisation without running statistics"
         if norm_mode == "batch":
@@ -36,35 +42,33 @@ def check_options(model: nn.Module, microbatch_size: int | None, norm_mode: Norm
         )
 
 
-def check_measurable(model: nn.Module) -> None:
-    """Raise HessianFlowError if weights are in shards, have no values or do not exist yet."""
+def check_measurable(model: nn.Module, takes_shards: bool = False) -> None:
+    """Raise HessianFlowError if weights have no values, do not exist yet or are in shards.
+
+    Args:
+        model: the model.
+        takes_shards: whether those of `fully_shard` are fine.
+    """
     check_differentiable(model)
-    fsdp = "torch.distributed.fsdp"
-    wrappers = _loaded((fsdp, "FullyShardedDataParallel"), (fsdp, "FSDPModule"))
-    shards = _loaded(
-        ("torch.distributed.tensor", "DTensor"), ("torch.distributed._tensor", "DTensor")
-    )
     for name, module in model.named_modules():
-        if isinstance(module, wrappers):
+        if sharded_by(module) and not takes_shards:
             raise HessianFlowError(
-                f"{name or 'the model'} is sharded by {_wrapper(module)}, and autograd does not"
-                f" reach the shards; {_WAY_OUT}"
+                f"{name or 'the model'} is sharded by {sharded_by(module)} (FSDP), and autograd"
+                f" does not reach the shards; {_FORWARD}"
             )
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                _check_usable(f"{name}.{key}".lstrip("."), module, tensor, shards)
+                _check_usable(f"{name}.{key}".lstrip("."), module, tensor, takes_shards)
 
 
-def _check_usable(
-    name: str, module: nn.Module, tensor: Tensor, shards: tuple[type[Any], ...]
-) -> None:
+def _check_usable(name: str, module: nn.Module, tensor: Tensor, takes_shards: bool) -> None:
     if is_lazy(tensor):
         raise HessianFlowError(
             f"{name} of {type(module).__name__} has no shape yet; run the model once on a batch"
         )
     if tensor.is_meta:
         raise HessianFlowError(f"{name} is on the meta device and has no values; load them first")
-    if isinstance(tensor, shards):
+    if is_shard(tensor) and not takes_shards:
         raise HessianFlowError(
             f"{name} is a DTensor, of which this process holds a piece; {_WAY_OUT}"
         )
@@ -93,15 +97,3 @@ def uses_batch_statistics(model: nn.Module, norm_mode: NormMode) -> bool:
         isinstance(module, _BatchNorm) and (norm_mode == "batch" or module.running_mean is None)
         for module in model.modules()
     )
-
-
-def _loaded(*names: tuple[str, str]) -> tuple[type[Any], ...]:
-    """Return those of some (module, class) that are imported: no object is of any other."""
-    kinds = (getattr(sys.modules.get(module), name, None) for module, name in names)
-    return tuple(kind for kind in kinds if kind is not None)
-
-
-def _wrapper(module: nn.Module) -> str:
-    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-        return "FullyShardedDataParallel"
-    return "fully_shard"

@@ -84,6 +84,8 @@ class ModelOperator(Operator):
             frozen or replaced since; a difference of gradients contradicts the product.
     """
 
+    takes_shards = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -97,7 +99,7 @@ class ModelOperator(Operator):
         check_product: bool | None = None,
     ) -> None:
         self._model = unwrap(model)
-        check_options(self._model, microbatch_size, norm_mode)
+        check_options(self._model, microbatch_size, norm_mode, self.takes_shards)
         self.names, self.parameters = select_parameters(self._model, params)
         self.loss_fn = loss_fn
         self._loss = BatchLoss(loss_fn)
@@ -158,6 +160,14 @@ class ModelOperator(Operator):
             return sum(self._data.weight_ahead(batch) or 0.0 for batch in pieces)
         with measuring(self._model, self.norm_mode) as inner, full_precision():
             return sum(float(self._averaged(inner, batch).weight) for batch in pieces)
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Return sums over the weights, of which this process holds all."""
+        return numbers
+
+    def paired(self, batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+        """Return the batches, after a check that other ranks that must join in hold as many."""
+        return batches
 
     def mean_loss(self) -> float:
         """Return the mean loss at the current weights."""

@@ -20,27 +20,38 @@ of a part, and the result holds for batches as large as a part: with n examples 
 1 + B_noise / n is E[u.Hu] / (E[u].H E[u]).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hessianflow.batches import num_examples, split
-from hessianflow.checks import check_count
+from hessianflow.checks import check_choice, check_count
 from hessianflow.curvature.hessian import HessianOperator
 from hessianflow.curvature.model_operator import ModelOperator
 from hessianflow.curvature.noise_ratio import PartProducts, RatioEstimate
 from hessianflow.curvature.operator import NonFiniteError
 from hessianflow.curvature.selection import Selection, batches_of, checked_batches, single_batch
+from hessianflow.curvature.sharded_loss import by_first_derivatives
 from hessianflow.curvature.vectors import estimating, flatten
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
+from hessianflow.sharding import own_part
 
 PARTS = 32
 """Parts that one batch is cut into. This default is our choice: with fewer, the error itself is
 uncertain; with more, passes are less efficient."""
+
+_NAN = math.nan
+NOT_MEASURED = RatioEstimate(
+    *(_NAN, _NAN, _NAN, _NAN),
+    *(_NAN, _NAN, _NAN, _NAN),
+    reason='not measured: form="simple" takes no products',
+)
+"""Stands for the ratio with curvature where no product is taken."""
 
 LEAST_PARTS = 4
 """Fewest parts: each needs two others to compare, and an error needs some to spare."""
@@ -53,6 +64,8 @@ CHANGED = (
     "the gradients changed between two passes over the data: pass a list of batches, or a loader"
     " that neither shuffles nor augments"
 )
+
+Form = Literal["product", "simple"]
 
 Update = Sequence[Tensor] | Callable[[list[Tensor]], Sequence[Tensor]]
 """Factors for the gradient, one tensor in the shape of each selected parameter; or a function from
@@ -68,7 +81,7 @@ class NoiseScaleResult:
     """The noise scale of a model's loss over some data.
 
     Attributes:
-        with_curvature: tr(H C) / (U.HU), with U the mean update.
+        with_curvature: tr(H C) / (U.HU), with U the mean update; of nan in the form "simple".
         simple: tr(C) / |U|^2 from the same gradients.
         num_examples: examples measured.
         num_parts: independent gradients among them.
@@ -102,6 +115,7 @@ def noise_scale(
     params: Selection = None,
     microbatch_size: int | None = None,
     norm_mode: NormMode = "eval",
+    form: Form = "product",
 ) -> NoiseScaleResult:
     """Measure the gradient noise scale in examples, with the Hessian and without.
 
@@ -124,6 +138,11 @@ def noise_scale(
         params: trainable parameters to differentiate by; see ModelOperator.
         microbatch_size: examples per pass; None: a part in one pass.
         norm_mode: batch-normalisation statistics.
+        form: "product", or "simple" for tr(C) / |U|^2 alone, which takes two gradients of all data
+            and no second derivative. It works where `fully_shard` (FSDP2) shards the model, too:
+            all ranks call together, each with its share of the data, as many parts as the others'
+            (a part is then one of every rank), or all with the same data. `update` is then that of
+            a rank's shards.
 
     Raises:
         HessianFlowError: there are fewer than 4 parts with targets that count; the data change from
@@ -138,7 +157,11 @@ def noise_scale(
         >>> scale.with_curvature.is_known and 0 < scale.with_curvature.value < 100
         True
     """
-    whole = HessianOperator(
+    check_choice("form", form, get_args(Form))
+    make: Callable[..., HessianOperator] = HessianOperator
+    if form == "simple":
+        make = by_first_derivatives
+    whole = make(
         model,
         loss_fn,
         data,
@@ -146,17 +169,19 @@ def noise_scale(
         microbatch_size=microbatch_size,
         norm_mode=norm_mode,
     )
-    ring = _Ring(whole, _parts_of(data, parts), _updater(update, whole.parameters, whole.dtype))
+    held = [own_part(parameter) for parameter in whole.parameters]
+    batches = whole.paired(_parts_of(data, parts))
+    ring = _Ring(whole, batches, _updater(update, held, whole.dtype), form)
     with estimating(whole):
         with_curvature, simple = ring.products()
     per_weight = ring.examples / ring.weight
-    return NoiseScaleResult(
-        with_curvature.ratio(per_weight),
-        simple.ratio(per_weight),
-        ring.examples,
-        len(simple.noise),
-        2 * len(simple.noise),
-    )
+    number = len(simple.noise)
+    bent = NOT_MEASURED
+    matvecs = 0
+    if form == "product":
+        bent = with_curvature.ratio(per_weight)
+        matvecs = 2 * number
+    return NoiseScaleResult(bent, simple.ratio(per_weight), ring.examples, number, matvecs)
 
 
 class _Ring:
@@ -166,6 +191,7 @@ class _Ring:
         whole: operator on all data, whose checks the operators of the parts share.
         parts: returns the batches; called twice.
         update: what is done to a flat gradient.
+        form: see noise_scale.
 
     Attributes:
         examples: examples in all parts, once they were read.
@@ -177,8 +203,10 @@ class _Ring:
         whole: ModelOperator,
         parts: Callable[[], Iterable[Any]],
         update: Callable[[Tensor], Tensor],
+        form: Form,
     ) -> None:
         self._whole = whole
+        self._form = form
         self._parts = parts
         self._update = update
         self.examples = 0
@@ -204,7 +232,8 @@ class _Ring:
             raise HessianFlowError(CHANGED)
         # The host waits for the device here, once in all.
         numbers = torch.cat([torch.stack(rows), torch.stack(self._squares)[:, None]], dim=1)
-        squared = float((total @ total).cpu()) / self.weight**2
+        numbers = self._whole.over_ranks(numbers)
+        squared = float(self._whole.over_ranks(total @ total).cpu()) / self.weight**2
         return _products(numbers.cpu().double(), weights, squared)
 
     def _first_pass(self) -> tuple[Tensor, Tensor]:
@@ -212,8 +241,9 @@ class _Ring:
         total = torch.zeros(self._whole.size, dtype=self._whole.dtype, device=self._whole.device)
         update = total
         for batch in self._parts():
-            self.examples += num_examples(batch)
-            weighted, weight = self._whole.on([batch]).weighted_gradient()
+            part = self._whole.on([batch])
+            self.examples += part.num_examples
+            weighted, weight = part.weighted_gradient()
             self._weights.append(weight)
             if weight > 0:
                 update = self._update(weighted.div_(weight))
@@ -241,13 +271,21 @@ class _Ring:
             # The mean of all but two, from that of all but one.
             share = weights[index - 1] / (whole - own)
             deviation = (before - mean).div_(1 - share)
-            product = operator.matvec(deviation)
-            bent = [deviation @ product, mean @ product]
-            del deviation, product
-            row = torch.stack([*bent, mean @ operator.matvec(mean), *simple])
+            bent = self._bent(operator, deviation, mean)
+            del deviation
+            row = torch.stack([*bent, *simple])
             operator.release()  # a graph refers to its operator, so it would wait for a collection
             yield row
             before = update
+
+    def _bent(self, operator: ModelOperator, deviation: Tensor, mean: Tensor) -> list[Tensor]:
+        """Return d.H d, d.H m and m.H m; zeros in the form without products."""
+        if self._form == "simple":
+            return [torch.zeros_like(mean[:1].sum())] * 3
+        product = operator.matvec(deviation)
+        bent = [deviation @ product, mean @ product]
+        del product
+        return [*bent, mean @ operator.matvec(mean)]
 
 
 def _products(

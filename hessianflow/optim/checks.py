@@ -9,6 +9,7 @@ from torch import Tensor
 from hessianflow.checks import check_number
 from hessianflow.interfaces import HessianFlowError
 from hessianflow.optim.copying import CopyableOptimizer
+from hessianflow.sharding import is_shard
 
 
 class CheckedOptimizer(CopyableOptimizer):
@@ -91,6 +92,12 @@ def check_parameters(params: Sequence[Tensor], optimizer: str) -> None:
             f"{optimizer} must get at least one parameter in each group, got an empty list"
         )
     for index, parameter in enumerate(params):
+        if is_shard(parameter):
+            raise HessianFlowError(
+                f"{optimizer} needs whole parameters, but number {index} is a DTensor (FSDP or"
+                " tensor parallel), of which this process holds a piece: use an optimizer of torch,"
+                " or DistributedDataParallel"
+            )
         if parameter.is_complex() or parameter.layout != torch.strided:
             kind = "complex" if parameter.is_complex() else str(parameter.layout)
             raise HessianFlowError(

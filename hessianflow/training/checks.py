@@ -21,6 +21,7 @@ from hessianflow.interfaces import (
     World,
 )
 from hessianflow.measuring import check_differentiable
+from hessianflow.sharding import check_whole
 from hessianflow.training.optimizers import check_followed, check_optimizer
 
 G = TypeVar("G")
@@ -170,6 +171,12 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
             "the model has lazy layers: run it once on a batch before training it"
         )
     check_differentiable(model)
+    check_whole(
+        model,
+        "AdaptiveBatchTrainer",
+        "pass the bare model, whose gradients are shared by its ranks; or keep a loop of your own,"
+        ' which hf.monitor and hf.curvature.critical_rate(..., form="forward") measure',
+    )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise HessianFlowError("the model has no trainable parameter: nothing to train")
