@@ -1,17 +1,17 @@
-"""What a stream of unknown length costs over a bare loop, what it keeps in memory, and whether it
-is resumed without a repeat.
+"""Measure what a stream of unknown length costs over a bare loop and how much memory it keeps, and
+check that it is resumed without a repeat.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/streams.py [--examples 1000000] [--batch 256]
     [--pieces 40]
 
 The stream gives vectors of 64 numbers and a class, made as it is read. Both sides take a real
-training step on every batch (two hidden layers of `--width`, SGD with momentum). They run in turn,
-a piece of the stream at a time, each on its own iterator over the same data: a `DataLoader` of the
-same batch size in a bare loop, and `hf.data.StreamBatches`. The table gives the median and the
+training step on every batch (two hidden layers of `--width`, SGD with momentum). They take turns of
+one piece of the stream each, on their own iterators over the same data: a bare loop over a
+`DataLoader`, and `hf.data.StreamBatches` of the same batch size. The table gives the median and the
 quartiles of the ratios of the pieces, in CPU seconds of the process. Resident memory is read after
-the first piece and after the last one. Then the stream is stopped in its middle and resumed by
-counting and by its own state, at another batch size; the numbers of the examples that both parts
-handed out are compared with 0, 1, 2, ...
+every piece. Then the stream is stopped in the middle and resumed at another batch size, once by
+counting and once from its own state. The numbers of the examples that both parts handed out are
+compared with 0, 1, 2, ...
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Subject:
         self.examples = 0
 
     def train(self, steps: int) -> None:
-        """Take steps as written by hand."""
+        """Take training steps as a bare loop does."""
         for inputs, targets in itertools.islice(self.batches, steps):
             self.optimizer.zero_grad()
             self.loss_fn(self.model(inputs), targets).backward()
@@ -93,7 +93,7 @@ class Subject:
 
 
 def resident() -> float:
-    """Resident memory of this process in MiB."""
+    """Return the resident memory of this process in MiB, NaN where the system does not tell."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
@@ -101,6 +101,7 @@ def resident() -> float:
 
 
 def compare(options: argparse.Namespace) -> None:
+    """Print the cost of a stream over a bare loop, and the memory that the process holds."""
     bare = Subject(DataLoader(Made(options.examples), options.batch), options.width)
     stream = Subject(hf.data.StreamBatches(Made(options.examples), options.batch), options.width)
     steps = -(-options.examples // (options.batch * options.pieces))
@@ -125,6 +126,8 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def resume(options: argparse.Namespace, by_count: bool) -> None:
+    """Stop a stream in the middle, resume it, and check that it gives every example once."""
+
     def stream(batch_size: int) -> hf.data.StreamBatches:
         return hf.data.StreamBatches(Numbers(options.examples), batch_size, by_count=by_count)
 

@@ -1,8 +1,8 @@
-"""A loop of one's own on accelerate, on the digits of scikit-learn, its batch by the curvature.
+"""A hand-written loop on accelerate, on scikit-learn's digits, with a batch that follows curvature.
 
     python experiments/integrations/accelerate_digits.py [--passes 10]
 
-The two lines that such a script adds, besides the import, are marked.
+The two lines that such a script needs, besides the import, are marked.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     digits = hf.data.load("digits")
-    assert isinstance(digits, hf.data.ImageSet)  # and no folder of files
+    assert isinstance(digits, hf.data.ImageSet)  # not a folder of files
     images = digits.images.float() / digits.value_scale
     data = TensorDataset(images, digits.targets)
     batches = hf.data.AdaptiveBatches(data, 16, device=accelerator.device)

@@ -1,8 +1,8 @@
-"""Lightning on the digits of scikit-learn, the batch chosen by the curvature.
+"""Lightning on the digits of scikit-learn, with a batch that follows the curvature.
 
     python experiments/integrations/lightning_digits.py [--passes 10]
 
-The two lines that a script with Lightning adds are marked.
+The two lines that a script with Lightning needs are marked.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     digits = hf.data.load("digits")
-    assert isinstance(digits, hf.data.ImageSet)  # and no folder of files
+    assert isinstance(digits, hf.data.ImageSet)  # not a folder of files
     images = digits.images.float() / digits.value_scale
     module = Digits()
     adaptive = AdaptiveBatch(nn.CrossEntropyLoss(), controller=hf.control.CriticalBatch(16, 256))
@@ -60,7 +60,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = batches(TensorDataset(images, digits.targets), 16)  # in place of a DataLoader
+    data = batches(TensorDataset(images, digits.targets), 16)  # instead of a DataLoader
     trainer.fit(module, data)
     total = sum(parameter.double().sum().item() for parameter in module.parameters())
     print(f"batch {data.batch_size}, updates {trainer.global_step}, weights {total:.10f}")

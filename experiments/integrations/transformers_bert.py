@@ -1,9 +1,9 @@
-"""A small BERT that tells lines of two Python modules apart, its batch chosen by the curvature.
+"""A small BERT that tells lines of two Python modules apart; its batch follows the curvature.
 
     python experiments/integrations/transformers_bert.py [--passes 6]
 
-The two lines that a script with the Trainer of transformers adds are marked. Weights are random and
-the text is that of the standard library: nothing is downloaded.
+The two lines that a script with the Trainer of transformers needs are marked. The weights are
+random and the text comes from the standard library, so nothing is downloaded.
 """
 
 import _pydecimal
@@ -23,7 +23,7 @@ LONGEST = 64
 
 
 def lines(count: int) -> list[dict[str, Any]]:
-    """Return lines of both modules as bytes, alternating."""
+    """Return lines of the two modules as bytes, in alternation."""
     examples: list[list[dict[str, Any]]] = []
     for label, module in enumerate((argparse, _pydecimal)):
         text = Path(str(module.__file__)).read_text(encoding="utf-8").splitlines()

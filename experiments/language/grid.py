@@ -1,8 +1,8 @@
-"""The cells of the language study: a decoder on Python's own sources, at one number of bytes.
+"""The cells of the language study: a decoder on Python's source files, at an equal number of bytes.
 
-All methods pass three times over 393 kB, 1.2 million bytes in all. The rates of the small batch
-come from the grids TUNING, in runs of a sixth of the length with a seed of their own. Those of
-larger batches follow the root of the batch.
+All methods make three passes over 393 kB, 1.2 million bytes in all. The learning rates of the small
+batch come from the grids TUNING, in runs of a sixth of the length with another seed. The rates of
+larger batches grow with the square root of the batch size.
 """
 
 import math
@@ -14,7 +14,7 @@ from experiments.runner import Cell, Scale
 Settings = dict[str, Any]
 
 SMALL_BATCH = 16
-"""Blocks of the small batch, 1024 bytes."""
+"""Blocks in the small batch; they hold 1024 bytes."""
 BASE: Settings = {
     "data": "python",
     "train_examples": 6144,
@@ -47,24 +47,24 @@ LARGER: Settings = {
     "epochs": 4,
     "precision": "auto",
 }
-"""For a GPU; 16.8 million bytes a pass. Not measured."""
+"""Settings for a GPU, with 16.8 million bytes per pass. Not measured yet."""
 
 ADAMW_RATE = 0.004
 MUON_RATE = 0.48
-"""Rates of the small batch from TUNING. Of Muon's, twice as much was 0.01 nats better and lies at
-the end of the grid; the smaller is taken, since short runs favour large rates."""
+"""Rate of the small batch from TUNING, as ADAMW_RATE is. Twice this rate was 0.01 nats better, but
+it is the largest of the grid, and short runs favour large rates."""
 TUNING: Mapping[str, tuple[float, ...]] = {
     "adamw": (0.004, 0.008, 0.002),
     "muon": (0.48, 0.24, 0.96),
 }
 TUNING_SEED = 2
 PARTS: Settings = {"epoch_parts": 12}
-"""For controllers that decide at the ends of epochs, and for the curves of the curvature."""
+"""Settings for controllers that decide at the end of an epoch, and for curves of the curvature."""
 MUON: Settings = {"name": "muon", "rest": "adamw"}
 
 
 def _at(optimizer: Any, rate: float, times: int, most: int = 0) -> Callable[[Settings], Settings]:
-    """Return an optimizer at `times` the small batch, which may grow to `most` times the small."""
+    """Return what sets an optimizer and `times` the small batch, which may grow to `most` times."""
     return lambda base: {
         "optimizer": optimizer,
         "batch_size": times * base["batch_size"],
@@ -82,7 +82,7 @@ def _muon(times: int, most: int = 0, **changes: Any) -> Callable[[Settings], Set
 
 
 def _compared(controller: str) -> Settings:
-    """Return a controller that compares the gradients of microbatches."""
+    """Return the settings of a controller that compares the gradients of microbatches."""
     return {"controller": controller, "microbatch_size": SMALL_BATCH // 4}
 
 
@@ -103,13 +103,14 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "adamw-1x-measured": _adamw(1, curvature="epoch", **PARTS),
     "muon-8x-measured": _muon(8, curvature="epoch", **PARTS),
 }
-"""What each method changes in the settings of a problem, the most useful first."""
+"""What each method changes in the settings of a problem, with the most useful methods first."""
 
 
 def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
-    """The grid: the tuning of the rates, then all methods, seed by seed.
+    """Return the grid: first the tuning of the rates, then all methods, seed by seed.
 
-    smoke: one method a kind, in seconds. gpu, full: a larger decoder and more text.
+    The scale "smoke" runs a fixed and a growing batch in seconds; "gpu" and "full" take a larger
+    decoder and more text.
     """
     if scale == "smoke":
         return [cell("smoke", SMOKE, method, 0) for method in ("adamw-1x", "muon-seesaw")]
@@ -124,7 +125,7 @@ def cells(scale: Scale, seeds: Sequence[int]) -> list[Cell]:
 
 
 def cell(problem: str, base: Settings, method: str, seed: int) -> Cell:
-    """One cell."""
+    """Return the cell of one method on one problem with one seed."""
     return Cell(problem, method, seed, {**_COMMON, **base, **METHODS[method](base)})
 
 

@@ -21,7 +21,7 @@ HEADER = (
     "seconds",
 )
 REFERENCE = "adamw-1x"
-"""The small batch, with which all others are compared."""
+"""The method with the small batch, with which all others are compared."""
 
 
 def report(rows: Sequence[Row], path: Path) -> None:
