@@ -274,7 +274,7 @@ def as_pair(batch: Any) -> Batch:
         return batch[0], batch[1]
     raise HessianFlowError(
         f"a batch must be a pair (inputs, targets), got {described(batch)}: let each item of the"
-        " data set, or the result of collate_fn, be (inputs, targets); either may be a dict; or"
+        " data set, or the result of collate_fn, be (inputs, targets); either may be a dict. Or"
         " pass a loss of model and batch, such as hf.ModelLoss()"
     )
 

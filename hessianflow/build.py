@@ -102,7 +102,7 @@ def build_trainer(
 
 
 def part_of_an_epoch(config: RunConfig, examples: int) -> Every | None:
-    """Return the length of the parts of a pass over so many examples; None: it is not divided."""
+    """Return the length of each part of a pass over `examples`; None if it is not divided."""
     if config.epoch_parts is None or config.epoch_parts == 1:
         return None
     return Every(examples=-(-examples // config.epoch_parts))

@@ -74,9 +74,9 @@ def build_scheduler(
 ) -> tuple[LRScheduler | None, Literal["epoch", "reference_batch"]]:
     """Return the schedule below the controller's factor, and the unit of its steps.
 
-    It takes one step per epoch. With warm-up, or where a pass over the data is divided into parts,
-    it takes one per reference batch of examples, so that the rate changes smoothly; a scheduler
-    class of torch has no warm-up, and counts parts.
+    It takes one step per epoch. With warm-up, or if a pass over the data is divided into parts, it
+    takes one step per reference batch of examples, so that the rate changes smoothly. A scheduler
+    class of torch has no warm-up, and takes one step per part.
     """
     kind = KINDS["schedule"]
     if "optimizer" in parameters_of(find(kind, config.schedule.name, "schedule")):

@@ -38,7 +38,7 @@ LogLevelName = Literal["debug", "info", "warning", "error"]
 CHOSEN = ("controller", "adversary", "optimizer", "schedule")
 """Settings that choose a method; the kind of method has the same name."""
 _MAY_BE_OPEN = ("adversary", "optimizer", "schedule")
-"""Those of them that may be left to what the data set or the controller prefers."""
+"""Settings in CHOSEN that may be left open: the data set or the controller then chooses."""
 
 
 def _of(group: str, default: Any = None) -> Any:
@@ -55,10 +55,10 @@ class TrainConfig:
 
     Attributes:
         data: Data set by name. digits comes with scikit-learn, fake is random, and the others are
-            read from data_dir; folder is any tree of class folders below train and val, text is
-            any files, of which a tenth is held out for testing, and python is the sources of the
-            standard library.
-        data_dir: Folder of the official files of the data set, or of their archive; for text a
+            read from data_dir. folder is any tree of class folders below train and val. text is any
+            files, and python the source files of the standard library; a tenth of either is held
+            out for testing.
+        data_dir: Folder of the official files of the data set, or of their archive; for text, a
             folder of files, a pattern such as "books/*.txt", or one file.
         train_examples: Training examples to use; default: all.
         test_examples: Test examples to use; default: all.
@@ -66,24 +66,24 @@ class TrainConfig:
             on the device.
         image_size: Side in pixels that images of imagenet and folder are cut to; default: 224, but
             for folder at most the shorter side of most files.
-        block_length: Bytes in an example of text and python, which are read as bytes; default: 128.
+        block_length: Bytes in each example of text and python; default: 128.
         augment: Crop and flip training images at random, if that is usual for the data set.
         model: Network by name (see hf.models.names()), timm/NAME or torchvision/NAME if that
             package is installed, or package.module:function of your own, which is also searched for
             in the working directory and is run; default: the network of the data set.
         controller: Method that decides the batch size.
         adversary: Method that attacks a share of every batch; none trains on clean examples;
-            default: fgsm, but none for text and python and where the controller prefers none.
-        optimizer: Method that updates the weights; default: sgd, but adamw for text and python.
+            default: fgsm, or none for text and python and if the controller prefers none.
+        optimizer: Method that updates the weights; default: sgd, or adamw for text and python.
         schedule: Course of the learning rate, before the factor of the controller; default: the one
             that the controller prefers, else that of the data set.
         batch_size: Examples per optimizer step at the start, over all processes; the learning rate
             is stated for this size; default: that of the data set.
         max_batch_size: Cap on the batch size; default: that of the data set.
         epochs: Passes over the training data; default: that of the data set.
-        epoch_parts: Parts that each pass over the data is divided into, for runs of few passes; the
-            run evaluates, measures, decides and saves after each, and controllers count parts as
-            epochs; default: 1.
+        epoch_parts: Number of parts into which each pass over the data is divided, for runs of few
+            passes. The run evaluates, measures, decides and saves after each part, and controllers
+            count parts as epochs; default: 1.
         lr: Learning rate at batch_size; default: that of the data set for sgd, 0.001 for adam and
             adamw, and 0.24 for muon; lars, clars and lamb have a default for digits only.
         warmup_epochs: Epochs over which the rate rises linearly from 0 to that of the schedule.
@@ -253,7 +253,7 @@ class RunConfig(TrainConfig):
 
     @property
     def counted_epochs(self) -> int:
-        """Return the epochs that controllers and records count: parts of passes over the data."""
+        """Return the number of epochs that controllers and records count: the parts of passes."""
         return self.epochs * (self.epoch_parts or 1)
 
     @property

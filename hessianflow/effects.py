@@ -181,16 +181,16 @@ def check_resolved(config: Any) -> None:
 
 
 def _check_text(config: Any) -> None:
-    """Refuse what changes inputs by a little, or resizes them, where they are bytes."""
+    """Refuse methods that resize inputs or change them slightly, which bytes do not allow."""
     if config.controller.name == "dual-batch":
         raise HessianFlowError(
-            f"--controller dual-batch trains on images of several sizes, and {config.data} is text:"
-            " use another"
+            f"--controller dual-batch trains on images of several sizes, but --data {config.data}"
+            " is text: use another controller"
         )
     check_effects(config, ("overfitting_alarm", "input_curvature"))
     if config.adversary.name != "none":
         raise HessianFlowError(
-            f"--adversary {config.adversary.name} changes inputs by a little, and those of"
+            f"--adversary {config.adversary.name} changes inputs slightly, but those of --data"
             f" {config.data} are bytes: leave it out"
         )
 

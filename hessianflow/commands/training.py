@@ -239,7 +239,7 @@ def _print_summary(history: "History", config: RunConfig) -> None:
 
 
 def _bits_per_byte(history: "History", config: RunConfig) -> str:
-    """Return the last test loss of a language model in both units, or an empty string."""
+    """Return the last test loss of a language model in nats and bits; empty for other models."""
     losses = [row["eval_loss"] for row in history.epochs[-1:] if row["eval_loss"] is not None]
     if not data_set(config.data).is_text or not losses:
         return ""

@@ -91,7 +91,7 @@ class DiveBatch(BoundedController[ControllerState]):
         if unusable := defect(signals):
             return f"gradient diversity unknown: {unusable}"
         examples = measured.progress.examples_per_epoch
-        if examples == UNKNOWN:  # An epoch is what has been seen since the last decision.
+        if examples == UNKNOWN:  # The examples seen since the last decision stand for an epoch.
             examples = int(signals["gradient_examples"])
         sum_of_squares = signals["gradient_examples"] * sum(two_batch_estimate(signals))
         square_of_sum = signals["gradient_sum_sq"]

@@ -45,9 +45,9 @@ class FixedBatch(Controller[ControllerState]):
 class Warmup(Controller[ControllerState]):
     """Use a large batch from the start and warm its learning rate up to the scaled one.
 
-    With k = max_batch_size / batch_size and f = epochs passed / warmup_epochs, which is a fraction,
-    lr_factor is 1 + (k - 1) * min(f, 1). It changes after every update, so that no step sees a
-    jump. A rule other than linear scaling replaces k.
+    With k = max_batch_size / batch_size and f = epochs passed / warmup_epochs, lr_factor is
+    1 + (k - 1) * min(f, 1). The epochs passed include a fraction of the current one, so the factor
+    changes after every update and no step sees a jump. A rule other than linear scaling replaces k.
 
     Args:
         batch_size: Batch size for which the learning rate is stated.

@@ -55,9 +55,9 @@ class Seesaw(BoundedController[SeesawState]):
     """Grow the batch where the schedule lowers the learning rate, and lower the rate by less.
 
     It looks at the rate at the first update of every epoch, and more often in a run of fewer than
-    100 epochs; in a run that ends after a number of updates or examples, 100 times. Decays count
-    from the highest rate so far, so that a warm-up changes nothing. Where the schedule raises the
-    rate again, the batch shrinks.
+    100 epochs. In a run that ends after a number of updates or examples, it looks 100 times. Decays
+    count from the highest rate so far, so that a warm-up changes nothing. Where the schedule raises
+    the rate again, the batch shrinks.
 
     It uses this signal:
         learning_rate: Rate in force.

@@ -117,8 +117,9 @@ class TimedSchedule(Controller[ControllerState]):
         total = progress.total_epochs
         if total is None:
             raise HessianFlowError(
-                f"decay_from {self.decay_from} is an epoch, and how many the run has depends on"
-                " batches to come: give the run its length in epochs, or set decay_from to None"
+                f"decay_from {self.decay_from} is an epoch, and the number of epochs of this run"
+                " depends on later batch sizes: state the length of the run in epochs, or set"
+                " decay_from to None"
             )
         if total <= self.decay_from:
             return 1.0

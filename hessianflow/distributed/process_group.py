@@ -216,10 +216,10 @@ def enter(
 
 
 def current_reducer() -> GroupReducer:
-    """Return a reducer of the process group that this process is in already, or of it alone.
+    """Return a reducer of the process group that exists already, or of this process alone.
 
-    A group without a backend for the CPU (NCCL alone) gets a second one beside it, of gloo, which
-    all ranks must form together.
+    A group without a backend for the CPU (NCCL alone) gets a second group of gloo beside it. All
+    ranks must form that group together, so all must call this function.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return LocalReducer()
@@ -254,7 +254,7 @@ def abort() -> None:
 class ProcessGroupReducer:
     """The reducer of the default process group, made by :func:`enter` for one `generation`.
 
-    With `group` it uses that group of the same ranks in place of the default one.
+    If `group` is given, it uses that group of the same ranks instead of the default one.
     """
 
     def __init__(self, generation: Generation, group: dist.ProcessGroup | None = None) -> None:

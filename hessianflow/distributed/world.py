@@ -206,11 +206,12 @@ def launched_world(device: str = "cpu") -> Iterator[GroupWorld]:
 
 
 def current_world(device: torch.device | str = "cpu") -> GroupWorld:
-    """Return the world of the process group that somebody else formed, or of this process alone.
+    """Return the world of the process group that exists already, or of this process alone.
 
-    For training under torchrun, accelerate, Lightning or a `DistributedDataParallel` of your own:
-    `hf.distributed.sharded(hf.distributed.current_world())` is the `operator` of a probe that
-    measures the examples of all ranks. All ranks must call this together. The group stays as it is.
+    Use it when you train under torchrun, accelerate, Lightning or your own
+    `DistributedDataParallel`: `hf.distributed.sharded(hf.distributed.current_world())` is the
+    `operator` of a probe that measures the examples of all ranks. All ranks must call this function
+    together. The group is not changed.
 
     Args:
         device: Device on which this rank's model and data belong.

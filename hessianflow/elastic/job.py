@@ -40,8 +40,8 @@ class TrainerJob:
             )
         if not self._trainer.counts_passes:
             raise HessianFlowError(
-                "an elastic run counts whole passes over the data: give its trainer epochs, without"
-                " max_updates, max_examples or every"
+                "an elastic run counts whole passes over the data: give its trainer epochs, and"
+                " leave out max_updates, max_examples and every"
             )
         self._trainer.begin()
         self._copied = False

@@ -14,7 +14,7 @@ HESSIAN = "Hessian"
 """Name of the matrix of second derivatives of the loss, of which most readings are."""
 
 UNKNOWN = sys.maxsize
-"""A number of examples that nobody knows: that of a stream, or of an epoch counted in updates."""
+"""An unknown number of examples: that of a stream, or of an epoch that is counted in updates."""
 
 NO_SIGNALS: Mapping[str, float] = MappingProxyType({})
 
@@ -30,11 +30,11 @@ class Progress:
         epoch: Epochs completed.
         examples: Training examples used so far, over all ranks.
         updates: Optimizer steps taken so far.
-        examples_per_epoch: Examples of an epoch; `UNKNOWN` where updates or the end of the data
-            decide when it ends.
-        total_epochs: Planned epochs of the run; None where that depends on batch sizes to come.
-        passed: Epochs passed, with a fraction, where the examples do not tell; None where they do.
-        done: Share of the run that is over, where the epochs do not tell; None where they do.
+        examples_per_epoch: Examples of an epoch; `UNKNOWN` if updates or the end of the data decide
+            when it ends.
+        total_epochs: Planned epochs of the run; None if their number depends on later batch sizes.
+        passed: Epochs passed, with a fraction; None if `examples` determines them.
+        done: Share of the run that is over; None if the epochs determine it.
     """
 
     epoch: int
@@ -47,14 +47,14 @@ class Progress:
 
     @property
     def epochs_passed(self) -> float:
-        """Return the epochs that have passed, with the fraction of the current one."""
+        """Return how many epochs have passed, including a fraction of the current one."""
         if self.passed is not None:
             return self.passed
         return self.examples / self.examples_per_epoch
 
     @property
     def is_over(self) -> bool:
-        """Return whether the run has come to its end."""
+        """Return whether the run has reached its end."""
         if self.done is not None:
             return self.done >= 1
         return self.total_epochs is not None and self.epoch >= self.total_epochs

@@ -11,13 +11,14 @@ from hessianflow.interfaces.control import Progress, Stateful
 
 Batch = tuple[Any, Any]
 """A pair (inputs, targets). Each is a tensor or a mapping, dataclass, list or tuple of them, see
-:mod:`hessianflow.batches`. A loss that runs the model takes other batches, too."""
+:mod:`hessianflow.batches`. A loss that runs the model accepts other batches as well."""
 LossFn = Callable[[Any, Any], Any]
 """A function loss_fn(outputs, targets) that returns a mean as a scalar tensor, the pair (sum,
 count), or, if its `reduction` attribute says so, a sum or one value per example. For a batch that
-is a mapping or a dataclass, and always as `hf.ModelLoss`, it is called as loss_fn(model, batch),
-and may return an object that holds such a `loss`, and `logits`. :mod:`hessianflow.losses` describes
-how the divisor of a mean is found, and :mod:`hessianflow.losses.batch_loss` both forms."""
+is a mapping or a dataclass, and always if it is an `hf.ModelLoss`, it is called as
+loss_fn(model, batch). It may then return an object that holds such a `loss`, and `logits`.
+:mod:`hessianflow.losses` describes how the divisor of a mean is found, and
+:mod:`hessianflow.losses.batch_loss` describes the two forms of the call."""
 Pending = Callable[[], Tensor]
 """An attack under way. Calling it waits for the adversarial inputs."""
 
@@ -175,7 +176,7 @@ class RecordSink(Protocol):
 
 @runtime_checkable
 class TakesConfig(Protocol):
-    """A sink that also wants the settings of the run, before the first record."""
+    """A sink that also receives the settings of the run, before the first record."""
 
     def configure(self, config: Mapping[str, Any]) -> None:
         """Take the content of config.json."""

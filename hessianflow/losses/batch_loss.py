@@ -1,10 +1,10 @@
 """The mean loss of a model on one batch, whatever the form of the batch and of the loss.
 
-There are two forms. For a pair (inputs, targets) the model is called as model(inputs), and the loss
-as loss_fn(outputs, targets); outputs that hold `logits`, such as those of transformers, are
-replaced by these. For any other batch (a mapping, a dataclass), and always if the loss is a
-:class:`ModelLoss`, the loss is called as loss_fn(model, batch) and runs the model. The package
-takes batches and losses through here, so training, evaluation and curvature agree on the form.
+There are two forms. For a pair (inputs, targets), the model is called as model(inputs) and the loss
+as loss_fn(outputs, targets). Outputs that hold `logits`, such as those of transformers, are
+replaced by their logits. For any other batch (a mapping or a dataclass), and always if the loss is
+a :class:`ModelLoss`, the loss is called as loss_fn(model, batch) and runs the model. Training,
+evaluation and curvature all call the loss through this module, so they agree on the form.
 """
 
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ class Forwarded(NamedTuple):
     """The results of a forward pass over one batch."""
 
     averaged: Averaged
-    outputs: Any  # of the model; None where a loss that runs the model returned no more than a loss
-    # What the loss was called with: outputs and targets, or the model and the batch.
+    outputs: Any  # of the model; None if a loss that runs the model returned only the loss
+    # The arguments of the loss: outputs and targets, or the model and the batch.
     arguments: tuple[Any, Any]
 
 
@@ -51,15 +51,15 @@ class BatchLoss:
         """Return whether the loss is called with outputs and targets for this batch.
 
         Raises:
-            HessianFlowError: the batch is no pair, and the loss is one of torch's or the batch has
-                no names.
+            HessianFlowError: the batch is not a pair, and either the loss is one of torch's or the
+                batch has no names.
         """
         if self._always_runs_model:
             return False
         if is_pair(batch):
             return True
         if self.mean.is_known or is_list(batch) or entries(batch) is None:
-            as_pair(batch)  # which says what is wrong
+            as_pair(batch)  # raises the error that says what is wrong
         return False
 
     def weight_ahead(self, batch: Any) -> Weight | None:
@@ -79,7 +79,7 @@ class BatchLoss:
             ahead: the result of :meth:`weight_ahead` for this batch, if there is one.
 
         Raises:
-            HessianFlowError: as :class:`MeanLoss`, or batch and loss do not fit each other.
+            HessianFlowError: as for :class:`MeanLoss`, or batch and loss do not fit each other.
         """
         if not self.takes_pair(batch):
             averaged = self.mean(model, batch, ahead)
@@ -88,7 +88,7 @@ class BatchLoss:
         return self.of_outputs(model(inputs), targets, ahead)
 
     def of_outputs(self, returned: Any, targets: Any, ahead: Weight | None = None) -> Forwarded:
-        """Return the results for what the model returned for a pair."""
+        """Return the results for a pair, given what the model returned for its inputs."""
         outputs = logits_of(returned)
         try:
             averaged = self.mean(outputs, targets, ahead)
@@ -96,7 +96,7 @@ class BatchLoss:
             if outputs is returned or not isinstance(outputs, Tensor):
                 raise
             raise HessianFlowError(
-                f"the loss is given outputs.logits of the {type(returned).__name__}, a tensor, and"
-                f" not the object ({error}); use the tensor, or hf.ModelLoss(function)"
+                f"the loss receives outputs.logits of the {type(returned).__name__}, a tensor, not"
+                f" the object itself ({error}): use the tensor, or hf.ModelLoss(function)"
             ) from error
         return Forwarded(averaged, outputs, (outputs, targets))

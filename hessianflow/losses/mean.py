@@ -70,8 +70,8 @@ class Averaged:
     # Whether the gradient may be nan where the weight is 0: not for torch's losses or an empty sum.
     may_break_on_nothing: bool = False
     counted: Weight | None = None  # the number of targets that count, if that is known
-    outputs: Any = None  # of the model, where a loss that ran it returned them
-    # Scores [n, classes, ...] and class indices [n, ...] of the only class loss that was observed.
+    outputs: Any = None  # of the model, if a loss that ran the model returned them
+    # Scores [n, classes, ...] and class indices [n, ...], if exactly one class loss was observed.
     classified: tuple[Tensor, Tensor] | None = None
 
 
@@ -89,7 +89,7 @@ class MeanLoss:
     def weight_ahead(self, targets: Any) -> Weight | None:
         """Return the divisor of the mean over these targets; None if only a call shows it.
 
-        For a loss that runs the model these are the batch.
+        A loss that runs the model takes the whole batch in place of the targets.
         """
         if isinstance(self.loss_fn, ModelLoss):
             return self.loss_fn.stated(targets)
@@ -122,8 +122,8 @@ class MeanLoss:
             weight = self.weight_ahead(targets)
         if weight is None and averaged.source == EXAMPLES and _is_compiled(outputs):
             raise HessianFlowError(
-                "the compiled model hides what its loss divides by: state it, as by"
-                " hf.ModelLoss(weight='examples'), 'tokens', 'next tokens', or a function of the"
+                "the compiled model hides what its loss divides by: state it with"
+                " hf.ModelLoss(weight='examples'), 'tokens', 'next tokens' or a function of the"
                 " batch"
             )
         if weight is not None:
@@ -164,7 +164,7 @@ class MeanLoss:
 
 
 def _is_compiled(outputs: Any) -> bool:
-    """Return whether these are a model, in place of outputs, of which a part is compiled."""
+    """Return whether a model of which a part is compiled stands in place of the outputs."""
     if not isinstance(outputs, nn.Module):
         return False
     modules = [vars(module) for module in outputs.modules()]

@@ -26,8 +26,8 @@ def _labels(batch: Any) -> Tensor:
     labels = _member(batch, "labels")
     if not isinstance(labels, Tensor):
         raise HessianFlowError(
-            f"ModelLoss: tokens are counted in the entry 'labels', which {article(batch)} does not"
-            " hold as a tensor: pass weight=function"
+            f"ModelLoss: tokens are counted in a tensor 'labels', and {article(batch)} has none:"
+            " pass weight=function"
         )
     return labels
 
@@ -48,15 +48,15 @@ class ModelLoss(nn.Module):
 
     Args:
         function: function(model, batch), which returns a mean as a scalar, a pair (sum, count), or
-            an object (or mapping) with `loss`, and with `logits` where they are wanted. None:
-            model(**batch), without entries that are text.
-        weight: the divisor of that mean. "examples": their number. "tokens": the entries of
-            'labels' that are not -100; "next tokens": those without the first of each example,
-            which a causal language model does not predict. Or a function of the batch that returns
-            a number or a scalar tensor, at least 0. None: it is observed
-            (:mod:`hessianflow.losses`), which finds it in the losses of transformers. A stated
-            weight is not checked.
-        outputs: picks the outputs, one tensor, from the object that `function` returns, for
+            an object (or mapping) with `loss`, and with `logits` if Gauss-Newton matrices or
+            metrics need them. None: model(**batch), without the entries that are text.
+        weight: the divisor of that mean. "examples": the number of examples. "tokens": the number
+            of entries of 'labels' that are not -100. "next tokens": the same number without the
+            first entry of each example, which a causal language model does not predict. Or a
+            function of the batch that returns a number or a scalar tensor, at least 0. None: the
+            divisor is observed (:mod:`hessianflow.losses`), which works for the losses of
+            transformers. A stated weight is not checked.
+        outputs: picks the outputs, a single tensor, from the object that `function` returns, for
             Gauss-Newton matrices and metrics. None: `logits`.
 
     Example:
@@ -101,7 +101,7 @@ class ModelLoss(nn.Module):
         return model(**_arguments(batch))
 
     def stated(self, batch: Any) -> int | float | Tensor | None:
-        """Return the divisor that the user states for a batch; None: it is to be observed."""
+        """Return the divisor that the user states for a batch; None if it has to be observed."""
         if self.weight is None:
             return None
         weight: int | float | Tensor = self.weight(batch)
@@ -119,14 +119,14 @@ class Returned(NamedTuple):
     """The parts of what a loss returned."""
 
     loss: Any  # a tensor, or a pair (sum, count)
-    outputs: Any = None  # of the model, where the loss returned them, too
+    outputs: Any = None  # of the model, if the loss returned them as well
 
 
 def returned(result: Any, loss_fn: Any) -> Returned:
     """Return the loss and the outputs in what `loss_fn` returned.
 
     Raises:
-        HessianFlowError: an object holds no loss.
+        HessianFlowError: the result is an object without a loss.
     """
     if isinstance(result, (Tensor, tuple)):
         return Returned(result)
@@ -136,7 +136,7 @@ def returned(result: Any, loss_fn: Any) -> Returned:
             return Returned(result)
         raise HessianFlowError(
             f"{article(result)} was returned without a loss: put the targets ('labels') into the"
-            " batch, or pass hf.ModelLoss(function), which computes the loss"
+            " batch, or pass hf.ModelLoss(function) with a function that computes the loss"
         )
     if isinstance(loss_fn, ModelLoss) and loss_fn.outputs is not None:
         return Returned(held, loss_fn.outputs(result))
@@ -144,11 +144,14 @@ def returned(result: Any, loss_fn: Any) -> Returned:
 
 
 def logits_of(outputs: Any) -> Any:
-    """Return the `logits` of outputs that hold them, such as those of transformers; else these."""
+    """Return the `logits` of outputs that hold them, such as those of transformers.
+
+    Other outputs are returned as they are.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     logits = None
-    # A plain dict, list or tuple is what the user's own model returns, and the user's loss reads.
+    # A plain dict, list or tuple comes from the user's own model, and the user's loss reads it.
     if type(outputs) not in (dict, list, tuple):
         logits = _member(outputs, "logits")
     if isinstance(logits, Tensor):

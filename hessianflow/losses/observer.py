@@ -89,7 +89,7 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if torch.compiler.is_compiling():  # The compiler traces this method with stand-ins, too.
+        if torch.compiler.is_compiling():  # The compiler also traces this method.
             return result
         # Only plain tensors count: a compiler that traces calls with stand-ins without numbers.
         if type(result) is Tensor and (func in _LOSSES or (func in _SCALARS and result.ndim == 0)):
@@ -107,7 +107,7 @@ class Observer(TorchFunctionMode):
 
     @property
     def classified(self) -> tuple[Tensor, Tensor] | None:
-        """Return scores and class indices of the only class loss called, without their graph."""
+        """Return detached scores and class indices, if exactly one class loss was called."""
         calls = [call for call in self._calls if call.ignore_index is not None]
         if len(calls) != 1:
             return None

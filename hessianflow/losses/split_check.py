@@ -166,7 +166,7 @@ class SplitCheck:
         )
 
     def _averaged(self, outputs: Any, targets: Any) -> Averaged:
-        """Return the loss; if it runs the model, without a graph, which could exceed the memory."""
+        """Return the loss; one that runs the model gets no graph, which could exceed the memory."""
         if not isinstance(outputs, nn.Module):
             return self._loss(outputs, targets)
         try:
@@ -175,7 +175,7 @@ class SplitCheck:
         except RuntimeError as error:
             if "require grad" not in str(error):
                 raise
-        averaged = self._loss(outputs, targets)  # which itself differentiates
+        averaged = self._loss(outputs, targets)  # this loss itself differentiates
         return replace(averaged, value=averaged.value.detach(), outputs=None)
 
     def _compare_slopes(self, outputs: Any, targets: Any, spans: tuple[slice, slice]) -> None:
@@ -280,7 +280,10 @@ def _joined(first: Any, second: Any, rows: int, others: int) -> Any:
 
 @contextmanager
 def _repeatable(outputs: Any) -> Iterator[None]:
-    """Let a model in place of the outputs run without noise, rounding to 16 bits or a trace."""
+    """Let a model in place of the outputs run without noise, without autocast and without a trace.
+
+    Its results can then be compared with each other, and running it changes no state.
+    """
     if not isinstance(outputs, nn.Module):
         yield
         return

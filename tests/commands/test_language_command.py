@@ -62,12 +62,12 @@ def test_curvature_and_the_critical_batch_are_measured(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adversary", "fgsm"], "--adversary fgsm changes inputs by a little, and those of text"),
+        (["--adversary", "fgsm"], "--adversary fgsm changes inputs slightly, but those"),
         (
             ["--model", "resnet20"],
             "--model resnet20 takes images, and text is text: use one of gpt",
         ),
-        (["--controller", "dual-batch"], "dual-batch trains on images of several sizes, and text"),
+        (["--controller", "dual-batch"], "dual-batch trains on images of several sizes, but"),
         (["--input-curvature", "true"], "--input-curvature is a setting of --data digits, fake"),
         (["--overfitting-alarm", "true"], "--overfitting-alarm is a setting of --data digits"),
         (["--resolution", "cyclic"], "--resolution is a setting of --data digits"),

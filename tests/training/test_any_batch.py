@@ -393,7 +393,7 @@ def test_outputs_of_a_pair_are_replaced_by_their_logits() -> None:
     assert found.accuracy == pytest.approx(
         float((outputs.argmax(-1) == batch["ids"]).double().mean())
     )
-    with pytest.raises(hf.HessianFlowError, match=r"given outputs\.logits of the Output"):
+    with pytest.raises(hf.HessianFlowError, match=r"receives outputs\.logits of the Output"):
         evaluate(model, pair, lambda made, targets: loss(made.logits, targets))
     chosen = hf.ModelLoss(lambda made, two: loss(made(two[0]).logits, two[1]))
     assert evaluate(model, pair, chosen).loss == pytest.approx(found.loss)
