@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from hessianflow.curvature import HessianOperator, NonFiniteError, noise_scale, top_eigenpairs
 from hessianflow.curvature.critical_rate import CriticalRate, critical_rate, critical_rate_on
 from hessianflow.curvature.geometry import OptimizerGeometry, optimizer_geometry
-from hessianflow.curvature.noise_scale import TooFewPartsError
+from hessianflow.curvature.noise_parts import TooFewPartsError
 from hessianflow.curvature.preconditioned import PreconditionedOperator
 from hessianflow.curvature.sharded_loss import ShardedLoss, by_first_derivatives
 from hessianflow.interfaces import HessianFlowError, LossFn, NormMode
@@ -165,7 +165,7 @@ def _along_the_update(
     except NonFiniteError:
         raise
     except HessianFlowError:
-        if geometry.linear:
+        if geometry.linear or isinstance(operator, ShardedLoss):
             raise
         return  # an optimizer that needs a closure has no update to measure along
     figures["products"] += found.products

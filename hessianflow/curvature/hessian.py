@@ -7,6 +7,7 @@ kept, and a product is one more backward pass through it. On a ResNet-20 on a CP
 which double_backward.py and ../normalisation/folded.py replace).
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ class HessianOperator(ModelOperator):
         >>> hessian @ torch.tensor([1.0, 1.0])  # the mean loss of two has the Hessian X^T X
         tensor([1., 4.])
     """
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Return sums over the weights, of which this process holds all."""
+        return numbers
+
+    def paired(self, batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+        """Return the batches, after a check that other ranks that must join in hold as many."""
+        return batches
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:
         loss, weight = self._checked_loss(model, batch)

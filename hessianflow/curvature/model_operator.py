@@ -84,7 +84,7 @@ class ModelOperator(Operator):
             frozen or replaced since; a difference of gradients contradicts the product.
     """
 
-    takes_shards = False
+    takes_shards = False  # those of `fully_shard`
 
     def __init__(
         self,
@@ -160,14 +160,6 @@ class ModelOperator(Operator):
             return sum(self._data.weight_ahead(batch) or 0.0 for batch in pieces)
         with measuring(self._model, self.norm_mode) as inner, full_precision():
             return sum(float(self._averaged(inner, batch).weight) for batch in pieces)
-
-    def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return sums over the weights, of which this process holds all."""
-        return numbers
-
-    def paired(self, batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
-        """Return the batches, after a check that other ranks that must join in hold as many."""
-        return batches
 
     def mean_loss(self) -> float:
         """Return the mean loss at the current weights."""

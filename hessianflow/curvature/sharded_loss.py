@@ -139,7 +139,7 @@ class ShardedLoss(HessianOperator):
             weight = float(averaged.weight)
             value = 0.0
             if weight > 0:
-                value = float(averaged.value)
+                value = float(averaged.value.detach())
             numbers = [weight, fingerprint(batch), value]
         except HessianFlowError as error:
             failure = error  # the others must not wait for this rank

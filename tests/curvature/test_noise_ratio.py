@@ -6,8 +6,8 @@ import pytest
 import torch
 from problems import symmetric
 
+from hessianflow.curvature.noise_parts import _products
 from hessianflow.curvature.noise_ratio import _estimate
-from hessianflow.curvature.noise_scale import _products
 
 SIZE = 12
 HESSIAN = symmetric([12.0, 8.0, 5.0, -1.0, *torch.linspace(0.1, 1, SIZE - 4).tolist()])

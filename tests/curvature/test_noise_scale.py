@@ -282,3 +282,15 @@ def test_an_update_that_is_not_finite_is_refused():
     bad = [torch.full_like(p, math.nan) for p in problem.model.parameters()]
     with pytest.raises(NonFiniteError, match="not finite"):
         noise_scale(problem.model, problem.loss_fn, problem.pair, update=bad, parts=6)
+
+
+def test_the_simple_form_is_that_of_the_whole_without_products() -> None:
+    problem = classification(mlp((5, 8, 4)), (5,), 64, 4)
+    both = noise_scale(problem.model, problem.loss_fn, problem.pair, parts=8)
+    simple = noise_scale(problem.model, problem.loss_fn, problem.pair, parts=8, form="simple")
+    assert simple.simple == both.simple
+    assert simple.matvecs == 0
+    assert not simple.with_curvature.is_known
+    assert math.isnan(simple.with_curvature.value)
+    with pytest.raises(HessianFlowError, match="form must be"):
+        noise_scale(problem.model, problem.loss_fn, problem.pair, form="forward")

@@ -56,7 +56,7 @@ def fully_sharded() -> nn.Sequential:
     from torch.distributed.fsdp import fully_shard
 
     mesh, model = init_device_mesh("cpu", (2,)), network()
-    for layer in (model[0], model[2], model[4], model):
+    for layer in (model[0], model[2], model):  # the root holds the weights of the last layer
         fully_shard(layer, mesh=mesh)
     return model
 
@@ -220,7 +220,6 @@ def mistakes(reducer: Any) -> dict[str, str]:
         ),
         "again": message(rate(inputs, targets)),
     }
-    model[0].reshard()
     partly = network()
     torch.distributed.fsdp.fully_shard(partly, ignored_params={partly[0].bias})
     own = SGD(partly.parameters(), lr=0.1)
@@ -281,3 +280,40 @@ def test_replicas_are_measured_by_each_process_alone() -> None:
     for found in (alone, first, second):
         for entry, values in expected.items():
             assert found[entry] == pytest.approx(values, rel=1e-5), entry
+
+
+def ignoring(targets: torch.Tensor) -> torch.Tensor:
+    """Targets of which few count in the second half, so that the ranks differ in weight."""
+    targets = targets.clone()
+    late = torch.arange(len(targets)) >= EXAMPLES // 2
+    targets[late & (torch.arange(len(targets)) % 3 > 0)] = -100
+    return targets
+
+
+def weighted(reducer: Any) -> Any:
+    model = fully_sharded()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    half = EXAMPLES // 2
+    targets = ignoring(batch()[1])[reducer.rank * half :][:half]
+    own = share(reducer.rank)[0], targets
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        seen = hf.monitor(model, F.cross_entropy, own, optimizer)
+    rate = critical_rate(model, F.cross_entropy, own, optimizer, form="forward", microbatch_size=12)
+    return rate, seen, [str(warning.message) for warning in told]
+
+
+def test_ranks_count_by_their_targets_and_the_monitor_says_what_it_leaves_out() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    pair = batch()[0], ignoring(batch()[1])
+    expected = critical_rate(model, F.cross_entropy, pair, optimizer, form="forward")
+    for rate, seen, told in run_local(weighted, 2, timeout_seconds=120):
+        assert (rate.critical, rate.slope, rate.curvature) == pytest.approx(
+            (expected.critical, expected.slope, expected.curvature), rel=1e-5
+        )
+        assert seen["critical_rate"] == pytest.approx(expected.critical, rel=1e-5)
+        # Before its first step AdamW has no preconditioner: its update stands in for it.
+        assert seen["sharpness"] == pytest.approx(2 / expected.critical, rel=1e-5)
+        assert len(told) == 1
+        assert told[0].startswith("hf.monitor leaves out what takes second derivatives")
