@@ -1,4 +1,4 @@
-"""Data sets by name: frozen records of uint8 pixels and how to normalise and augment them, or text.
+"""Data sets by name: text, or frozen records of uint8 pixels with normalisation and augmentation.
 
 Means and standard deviations are those of the training pixels: computed here for digits, the values
 in general use for CIFAR, SVHN and ImageNet, and ImageNet's for Tiny-ImageNet.
@@ -125,10 +125,10 @@ def load(
             test).
         root: Folder of the files, the folder above it, or one that holds the official archive.
             None: $HESSIANFLOW_DATA, else ~/.cache/hessianflow/data. "digits", "fake" and "python"
-            need none; for "text" it is a folder of any files, a pattern, or one file.
+            need none. For "text", it is a folder of any files, a pattern, or one file.
         split: "train" or "test"; "svhn" also has "extra".
         image_size: Side of the images cut from the files of a class-folder tree.
-        block_length: Bytes in an example of a text; None for 128.
+        block_length: Bytes in each example of a text; None for 128.
 
     Raises:
         HessianFlowError: The name or split is unknown, or a file (it is named) missing or damaged.
@@ -281,7 +281,7 @@ TEXT = Preset(
     optimizer="adamw",
     adversary="none",
 )
-"""Settings of a small language model, which are our choice."""
+"""Settings for a small language model. They are our choice."""
 LARGER_IMAGES: Mapping[str, Any] = {**SMALL_IMAGES, "model": "resnet18"}
 
 
@@ -292,7 +292,7 @@ class DataSet:
     Attributes:
         preset: what a run takes for it.
         read: reads one split from a folder; None for a tree of class folders with image files.
-        is_text: whether its examples are blocks of bytes, and no images.
+        is_text: whether its examples are blocks of bytes instead of images.
         side: pixels a side of its images; None where they are cut to any size.
         needs_files: whether it is read from files of the user.
         splits: names of its splits.

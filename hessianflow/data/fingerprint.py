@@ -1,4 +1,4 @@
-"""Tell whether an example that is read again is the one that was read before."""
+"""Checksums of examples, which tell whether an example that is read again is the same as before."""
 
 import zlib
 from typing import Any

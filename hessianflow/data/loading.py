@@ -91,7 +91,7 @@ def stacked(items: list[Any]) -> Any:
 
 
 def unequal_sizes(items: Sequence[Any]) -> str:
-    """Return the first two shapes, or lengths of lists, that differ between items; or nothing."""
+    """Describe the first shapes, or lengths of lists, that differ between items; "" if none do."""
     first = items[0]
     if isinstance(first, (Tensor, np.ndarray)):
         other = next((item for item in items if item.shape != first.shape), first)
@@ -218,13 +218,13 @@ def check_options(
     if not hasattr(dataset, "__len__") or not has_items:
         raise HessianFlowError(
             "dataset must be map-style, with a length and items by index, got"
-            f" {type(dataset).__name__}: an iterable data set goes to hf.data.StreamBatches"
+            f" {type(dataset).__name__}: use hf.data.StreamBatches for an iterable data set"
         )
     check_numbers(num_workers, chunk_size, prefetch_examples)
 
 
 def check_numbers(num_workers: int, chunk_size: int, prefetch_examples: int) -> None:
-    """Refuse numbers out of range, by name."""
+    """Raise HessianFlowError for a number that is out of range, and name it."""
     for name, value, least in (
         ("num_workers", num_workers, 0),
         ("chunk_size", chunk_size, 1),

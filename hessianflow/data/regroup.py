@@ -1,4 +1,7 @@
-"""Examples that were read and not handed out yet: single ones, or rows of batches of any size."""
+"""Queues of examples that were read and not handed out yet, as single items or as rows of batches.
+
+The batches may have any size.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +37,11 @@ class Items:
         return [self._waiting.popleft() for _ in range(count)]
 
     def put_back(self, taken: list[Any]) -> None:
-        """Put what was taken last to the front again."""
+        """Put the examples that were taken last back to the front."""
         self._waiting.extendleft(reversed(taken))
 
     def clear(self) -> None:
-        """Drop all examples that wait."""
+        """Drop all waiting examples."""
         self._waiting.clear()
 
 
@@ -46,7 +49,7 @@ class Rows:
     """A queue of batches from which any number of rows can be taken.
 
     Args:
-        cut: Function of a batch, a slice of its rows and their number that returns the rows.
+        cut: cut(batch, rows, total) returns the rows in the slice `rows` of a batch of `total`.
     """
 
     def __init__(self, cut: Callable[[Any, slice, int], Any]) -> None:
@@ -80,12 +83,12 @@ class Rows:
         return taken
 
     def put_back(self, taken: list[Piece]) -> None:
-        """Put what was taken last to the front again."""
+        """Put the pieces that were taken last back to the front."""
         self._waiting.extendleft(reversed(taken))
         self._count += sum(size for size, _ in taken)
 
     def clear(self) -> None:
-        """Drop all examples that wait."""
+        """Drop all waiting examples."""
         self._waiting.clear()
         self._count = 0
 
@@ -93,11 +96,12 @@ class Rows:
 def join(pieces: Sequence[Piece], name: str = "batch") -> Any:
     """Return one batch with the rows of all pieces, in order.
 
-    What belongs to all examples (:mod:`hessianflow.batches`) must be the same in every piece.
+    Entries that belong to all examples (:mod:`hessianflow.batches`) must be the same in every
+    piece.
 
     Raises:
-        HessianFlowError: Entries differ in their type, their further dimensions, or, where they
-            belong to all examples, in their value.
+        HessianFlowError: Entries differ in their type or in the dimensions of a row, or an entry
+            that belongs to all examples differs in its value.
     """
     total, first = pieces[0]
     if len(pieces) == 1:
@@ -105,18 +109,21 @@ def join(pieces: Sequence[Piece], name: str = "batch") -> Any:
     parts = [part for _, part in pieces]
     if any(type(part) is not type(first) for part in parts):
         kinds = " and ".join(sorted({article(part) for part in parts}))
-        raise HessianFlowError(f"{name} is {kinds} in batches that are to be joined")
+        raise HessianFlowError(
+            f"{name} is {kinds}, so the batches cannot be joined: give it one type in all batches"
+        )
     if isinstance(first, (Tensor, np.ndarray)) and all(reading(p, n) == "rows" for n, p in pieces):
         return _concatenated(parts, name)
     if is_plain(first) or isinstance(first, (Tensor, np.ndarray)):
         return _common(parts, name)
-    has_one_an_example = len(first) == total if is_list(first) else False
-    if has_one_an_example and not any(reading(e, total) == "rows" for e in first):
+    has_entry_per_example = is_list(first) and len(first) == total
+    if has_entry_per_example and not any(reading(e, total) == "rows" for e in first):
         return type(first)(entry for part in parts for entry in part)
     columns = [entries(part) for part in parts]
     if any(column is None or len(column) != len(columns[0] or ()) for column in columns):
         raise HessianFlowError(
-            f"{name} is {article(first)}, whose rows are not known: batches of it cannot be joined"
+            f"{name} is {article(first)}, whose rows are not known, so its batches cannot be"
+            " joined: give tensors, arrays or a dict of them"
         )
     counts = [count for count, _ in pieces]
     values = [
@@ -133,8 +140,9 @@ def _concatenated(parts: Sequence[Any], name: str) -> Any:
     other = next((part for part in parts if part.shape[1:] != first.shape[1:]), None)
     if other is not None:
         raise HessianFlowError(
-            f"{name} of shapes {list(first.shape)} and {list(other.shape)} cannot be joined: give"
-            " single examples and a collate_fn that pads them, or pad all batches to one length"
+            f"{name} has the shapes {list(first.shape)} and {list(other.shape)}, which cannot be"
+            " joined: give single examples and a collate_fn that pads them, or pad all batches to"
+            " one length"
         )
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
@@ -142,12 +150,12 @@ def _concatenated(parts: Sequence[Any], name: str) -> Any:
 
 
 def _common(parts: Sequence[Any], name: str) -> Any:
-    """Return what all parts have in common."""
+    """Return the value that all parts have in common."""
     first = parts[0]
     if not all(_equal(first, part) for part in parts[1:]):
         raise HessianFlowError(
-            f"{name} has no row for each example and differs between batches: they cannot be"
-            " joined; leave it out, or give single examples and a collate_fn"
+            f"{name} has no row for each example and differs between batches, which cannot be"
+            " joined: leave it out, or give single examples and a collate_fn"
         )
     return first
 

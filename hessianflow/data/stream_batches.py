@@ -22,66 +22,68 @@ from hessianflow.structure import is_list
 class StreamBatches(StreamPlace):
     """Resumable batches of iterable data, whose size may change at any time.
 
-    The data are any iterable: a `torch.utils.data.IterableDataset`, a streaming data set of Hugging
-    Face, a WebDataset, a `DataLoader` or `StatefulDataLoader`, a list; or a function that makes an
-    iterator, called with the number of the pass if it has a parameter for it. Their order is theirs
-    to choose: shuffle there. `set_epoch(epoch)` of the data, or of their `dataset` or `sampler`, is
-    called before each pass.
+    The data can be any iterable: a `torch.utils.data.IterableDataset`, a streaming data set of
+    Hugging Face, a WebDataset, a `DataLoader` or `StatefulDataLoader`, or a list. They can also be
+    a function that makes an iterator; it is called with the number of the pass if it has a
+    parameter for it. The data choose the order of the examples, so shuffling is their task.
+    `set_epoch(epoch)` of the data, or of their `dataset` or `sampler`, is called before each pass.
 
     A pass over the data, which is an epoch, ends when their iterator does, and the next pass starts
-    another one. If `num_examples` is given, a pass has that many examples; data that give more, or
-    never end, are read on where the pass before ended. The last batches of a pass are those of
-    :class:`~hessianflow.data.streams.ExampleStream`: where the rest would be less than half a
-    batch, it is shared evenly with the batch before. To know this where the length is unknown, half
-    a batch more than the next one is read ahead; it stays in this process.
+    another iterator. If `num_examples` is given, a pass has that many examples; data that give
+    more, or never end, are read on from where the previous pass ended. The last batches of a pass
+    are those of :class:`~hessianflow.data.streams.ExampleStream`: if the rest would be less than
+    half a batch, it is shared evenly with the batch before. To know this when the length is
+    unknown, half a batch more than the next one is read ahead and kept in this process.
 
-    A state continues without a repeat or a loss, at any batch size. If the data have `state_dict`
-    and `load_state_dict`, the state holds theirs, from at most some thousand examples before the
-    place (:data:`~hessianflow.data.stream_reader.SNAPSHOT_EXAMPLES`) and those from there are read
-    again. Otherwise, and in workers, the pass is read from its start and what was trained on is
-    dropped, which takes as long as reading it. Both need data that give the same order again when
-    a pass of the same number starts: a source whose order is not reproducible cannot be resumed. A
-    warning says so where an example differs. The shuffle buffer of a Hugging Face data set is not
-    in its state, which therefore loses examples: resume it with `by_count`. A plain generator gives
-    one pass, and is resumed only by a new one.
+    A saved state continues without repeating or losing an example, at any batch size. If the data
+    have `state_dict` and `load_state_dict`, the saved state includes a state of theirs from at most
+    about a thousand examples before the place
+    (:data:`~hessianflow.data.stream_reader.SNAPSHOT_EXAMPLES`), and the examples from there on are
+    read again. Otherwise, and in workers, the pass is read from its start and the examples that
+    were trained on are dropped, which takes as long as reading them. Both ways need data that give
+    the same order again when a pass of the same number starts. If an example differs, a warning
+    says so. The state of a shuffled Hugging Face data set leaves out the shuffle buffer and thus
+    loses examples: resume such data with `by_count`. A plain generator gives a single pass, and can
+    be resumed only with a new generator.
 
     With several ranks, every rank reads all examples and takes its contiguous shard of each batch,
     as :class:`~hessianflow.data.streams.ExampleStream` describes. With `sharded`, the data give
-    each rank a part of its own, of which it takes its share of each batch (shares differ by at most
-    one example). Ranks whose parts end at different times would wait for each other, so
+    each rank its own part, from which the rank takes its share of each batch (shares differ by at
+    most one example). Ranks whose parts end at different times would wait for each other, so
     `num_examples` over all ranks must be given: every rank makes the same number of batches, and a
-    part that ends before its share is an error. Such a stream is resumed by counting.
+    part that ends too early is an error. Such a stream is resumed by counting.
 
     Args:
         dataset: The iterable data, or a function that makes an iterator.
         batch_size: Examples per batch over all ranks.
-        num_examples: Examples of a pass, over all ranks; None if nobody knows, and the attribute
-            `num_examples` then is `sys.maxsize`.
-        batched: Whether each item of the data is a batch of any size, to be regrouped by its rows,
-            and not an example. None: it is, if the data are a `DataLoader` with a batch size.
-        sharded: Whether the data give each rank a part of its own.
+        num_examples: Examples of a pass, over all ranks. None if it is unknown; the attribute
+            `num_examples` is then `sys.maxsize`.
+        batched: Whether each item of the data is a batch of any size, which is regrouped by its
+            rows, instead of an example. None: only if the data are a `DataLoader` with a batch
+            size.
+        sharded: Whether the data give each rank its own part.
         by_count: Resume by counting, even if the data have a state of their own.
-        seed: Seed of what `collate_fn` draws, of the workers, and of what the data draw from the
-            global generators as a pass starts (such as the order of a `DataLoader`). What they draw
-            later in this process is theirs to repeat.
-        num_workers: Number of processes that read; 0 reads in this one. Each worker reads the data
-            itself: they must give each worker a part of its own, by `get_worker_info`, as the data
-            sets of Hugging Face and WebDataset do. The order of the examples depends on the number
-            of workers and on `chunk_size`.
+        seed: Seed of everything that `collate_fn` draws, of the workers, and of everything that the
+            data draw from the global generators when a pass starts (such as the order of a
+            `DataLoader`). The data themselves must be able to repeat any later draw.
+        num_workers: Number of processes that read; 0 reads in this process. Each worker reads the
+            data itself, so the data must give each worker its own part by `get_worker_info`, as the
+            data sets of Hugging Face and WebDataset do. The order of the examples depends on the
+            number of workers and on `chunk_size`.
         pin_memory: Make batches in page-locked memory, for an overlapping copy to a GPU.
         device: Device of the batches.
         transform: Function applied to every batch once it is on the device.
-        collate_fn: Function that makes a batch of the list of its items (with several ranks, of the
-            items of this rank's shard), in this process. None for torch's default.
-        chunk_size: Examples that are read at a time.
-        prefetch_examples: Examples to read ahead, over all workers.
-        value_range: Lowest and highest valid input after `transform`, to clamp attacks; not used
-            here.
+        collate_fn: Function that makes a batch from the list of its items (with several ranks, from
+            the items of this rank's shard), in this process. None for torch's default.
+        chunk_size: Number of examples that are read at a time.
+        prefetch_examples: Number of examples to read ahead, over all workers.
+        value_range: Lowest and highest valid input after `transform`, to which attacks are clamped;
+            not used here.
         worker_init_fn: Function called in each worker with its number when it starts.
         persistent_workers: Keep the workers from one pass to the next.
 
     Raises:
-        HessianFlowError: The data are not iterable, or a number is out of range; while iterating,
+        HessianFlowError: The data are not iterable, or a number is out of range. While iterating:
             the data are empty, end early or cannot be started again, items cannot be stacked, or a
             worker has died.
     """
@@ -137,10 +139,10 @@ class StreamBatches(StreamPlace):
         return self._maker.device
 
     def rewind(self) -> None:
-        """Return to the first example of the current pass, if the data can be started again.
+        """Return to the first example of the current pass.
 
         Raises:
-            HessianFlowError: They cannot.
+            HessianFlowError: The data cannot be started again.
         """
         if self._cursor > 0:
             self.load_state_dict({**self.state_dict(), "cursor": 0})
@@ -170,12 +172,15 @@ class StreamBatches(StreamPlace):
         return next_size(left, self._batch_size)
 
     def _batch(self, size: int) -> Batch:
-        """Take the next `size` examples and return this rank's share; after an error they wait."""
+        """Take the next `size` examples and return this rank's share of them.
+
+        After an error, the examples wait again.
+        """
         start = self._own(self._position)
         count = self._own(self._position + size) - start
         at_end = self._fill(count) and not self._waiting
         if at_end and self._cursor == 0 and self._position > 0:
-            self._begin_lap()  # the pass before ended where the data did
+            self._begin_lap()  # the previous pass ended together with the data
             start = 0
             count = self._own(size)
             self._fill(count)
@@ -192,7 +197,7 @@ class StreamBatches(StreamPlace):
         return batch
 
     def _fill(self, count: int) -> bool:
-        """Read until `count` examples wait; return whether the lap has ended before."""
+        """Read until `count` examples wait; return whether the lap ended before that."""
         while len(self._waiting) < count:
             chunk = self._reader.next_chunk(count - len(self._waiting))
             if chunk is None:
@@ -203,14 +208,16 @@ class StreamBatches(StreamPlace):
     def _is_empty(self) -> HessianFlowError:
         return HessianFlowError(
             f"the stream {self._reader.source.name} is empty: at least one example is needed in"
-            f" pass {self._epoch + 1}; an iterator that was read before gives nothing again"
+            f" pass {self._epoch + 1}; an iterator that was read before gives nothing more"
         )
 
     def _ended_early(self, own: int) -> HessianFlowError:
-        """Return the error for data that gave `own` examples of a lap and no more."""
+        """Return the error for data that ended after `own` examples of a lap."""
         if self._reader.position == 0:
             return self._is_empty()
-        where = "all of them" if not self._is_sharded else f"those of rank {self._rank}"
+        where = "all of them"
+        if self._is_sharded:
+            where = f"those of rank {self._rank}"
         return HessianFlowError(
             f"the stream {self._reader.source.name} ended early, after {own} examples ({where}) and"
             f" {self._cursor} of the {self._num_examples} that num_examples states for pass"
@@ -218,7 +225,7 @@ class StreamBatches(StreamPlace):
         )
 
     def _made(self, taken: list[Any], size: int) -> Any:
-        """Return this rank's share of the batch of `size` examples of which it took some."""
+        """Return this rank's share of a batch of `size` examples, from the examples it took."""
         key = (self._epoch, self._cursor)
         first = size * self._rank // self._world_size
         last = size * (self._rank + 1) // self._world_size
@@ -235,7 +242,8 @@ class StreamBatches(StreamPlace):
     def sample(self, count: int) -> Batch:
         """Return the next `count` examples, for a curvature probe; the stream does not move.
 
-        They are read ahead and kept. All ranks get the same ones, unless the stream is sharded.
+        The examples are read ahead and kept. All ranks get the same ones, unless the stream is
+        sharded.
 
         Raises:
             HessianFlowError: The pass has fewer examples left.
@@ -245,8 +253,8 @@ class StreamBatches(StreamPlace):
         self._fill(count)
         if len(self._waiting) < count:
             raise HessianFlowError(
-                f"count must not exceed the {len(self._waiting)} examples that are left of this"
-                f" pass, got {count}"
+                f"count must not exceed the {len(self._waiting)} examples that are left in this"
+                f" pass, got {count}: ask for fewer"
             )
         return self._maker.finished(self._peeked(count, self._whole))
 
@@ -257,7 +265,7 @@ class StreamBatches(StreamPlace):
         return self._maker.made(taken, slice(0, count), self._epoch, self._cursor)
 
     def _peeked(self, count: int, make: Callable[[list[Any]], Any]) -> Any:
-        """Return what `make` makes of the next `count` examples, which stay."""
+        """Return what `make` makes of the next `count` examples, which stay in the queue."""
         taken = self._waiting.take(count)
         try:
             return make(taken)
@@ -267,7 +275,7 @@ class StreamBatches(StreamPlace):
     def check_rows(self) -> None:
         """Refuse a `collate_fn` whose batches cannot be cut into rows, and name the entry.
 
-        The examples are read ahead and kept, see :meth:`AdaptiveBatches.check_rows`.
+        The examples are read ahead and kept; see :meth:`AdaptiveBatches.check_rows`.
         """
         if self._maker.collate is None:
             return
@@ -290,7 +298,7 @@ def _check(
     """Refuse arguments that do not go together."""
     fault = ""
     if num_examples is not None and num_examples < 1:
-        fault = f"num_examples must be at least 1, or None if nobody knows, got {num_examples}"
+        fault = f"num_examples must be at least 1, or None if it is unknown, got {num_examples}"
     elif seed < 0:
         fault = f"seed must be at least 0, got {seed}"
     elif sharded and num_examples is None:
@@ -300,18 +308,18 @@ def _check(
         )
     elif batched and collate_fn is not None:
         fault = (
-            "collate_fn makes a batch of single examples, and with batched=True the data give"
-            " batches: leave one of them out"
+            "collate_fn makes a batch of single examples, but with batched=True the data give"
+            " batches: leave one of the two out"
         )
     elif num_workers > 0 and isinstance(dataset, DataLoader):
         fault = (
-            f"num_workers must be 0 for a {type(dataset).__name__}, which has workers of its own,"
-            f" got {num_workers}"
+            f"num_workers must be 0 for a {type(dataset).__name__}, got {num_workers}: give the"
+            " workers to the loader itself"
         )
     elif num_workers > 0 and isinstance(dataset, Iterator):
         fault = (
             f"num_workers must be 0 for a {type(dataset).__name__}, which cannot be sent to"
-            f" workers, got {num_workers}: pass the function that makes it"
+            f" workers, got {num_workers}: pass the function that makes the iterator"
         )
     if fault:
         raise HessianFlowError(fault)

@@ -1,4 +1,4 @@
-"""Make batches of the examples that a stream gives, or of rows of the batches that it gives."""
+"""Make batches from the examples that a stream gives, or from rows of the batches that it gives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +16,22 @@ from hessianflow.structure import is_list
 
 
 class BatchMaker:
-    """Makes batches on a device of what was taken from a queue.
+    """Makes batches on a device from the examples that were taken from a queue.
 
     Args:
-        collate_fn: Function that makes a batch of the list of its items; None for torch's default.
+        collate_fn: Function that makes a batch from the list of its items; None for torch's
+            default.
         transform: Function applied to every batch on the device.
         device: Device of the batches.
         pin_memory: Whether to make batches in page-locked memory.
-        seed: Seed of what `collate_fn` draws.
-        gives_batches: Whether the stream gives batches, not examples.
+        seed: Seed of everything that `collate_fn` draws.
+        gives_batches: Whether the stream gives batches instead of examples.
+
+    Attributes:
+        device: Device of the batches.
+        collate: The `collate_fn`, if it is not torch's default.
+        is_stacked: Whether examples are stacked as they are read.
+        takes_items: Whether `collate` makes the batches, so that single examples are kept.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class BatchMaker:
         return Rows(take_rows)
 
     def made(self, taken: list[Any], rows: slice, *key: int) -> Any:
-        """Return the batch of some of the examples taken; `collate_fn` draws by the key alone."""
+        """Return a batch of the rows of the examples taken; `collate_fn` is seeded by the key."""
         if rows.start == rows.stop:
             return self.without_rows(taken, *key)
         if self.takes_items:
@@ -67,14 +74,14 @@ class BatchMaker:
         return self._on_device(whole)
 
     def without_rows(self, taken: list[Any], *key: int) -> Any:
-        """Return an empty batch: that of the first example taken without its one row."""
+        """Return an empty batch: one of the first example taken, without its only row."""
         if self.takes_items:
             return take_rows(self.collated(taken[:1], *key), slice(0, 0), 1)
         count, part = taken[0]
         return to_device(take_rows(part, slice(0, 0), count), self.device)
 
     def collated(self, items: list[Any], *key: int) -> Any:
-        """Return the batch of items on the device, before the transform."""
+        """Return a batch of the items on the device, before the transform."""
         if self.collate is None:
             return self._on_device(loading.stacked(items))
         with self._randomness.kept():
@@ -83,7 +90,7 @@ class BatchMaker:
         return self._on_device(batch)
 
     def finished(self, batch: Any) -> Batch:
-        """Return a batch as it is handed out: a list as a tuple, transformed."""
+        """Return a batch as it is handed out: transformed, and a list as a tuple."""
         if is_list(batch):
             batch = tuple(batch)
         if self._transform is None:
@@ -94,12 +101,12 @@ class BatchMaker:
         if self.is_stacked:
             try:
                 return loading.joined([part for _, part in pieces])
-            except RuntimeError:  # of different sizes, which the other function names
+            except RuntimeError:  # the sizes differ, and the message of `join` names them
                 return join(pieces)
         return join(pieces)
 
     def mark(self, taken: list[Any]) -> int | None:
-        """Return the fingerprint of the last example taken; None where the stream gives batches."""
+        """Return the fingerprint of the last example taken; None if the stream gives batches."""
         if self.takes_items:
             return fingerprint(taken[-1])
         if self.is_stacked:

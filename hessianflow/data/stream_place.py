@@ -14,16 +14,16 @@ STATE_KEYS = ("epoch", "cursor", "batch_size", "lap", "position", "at", "identit
 class StreamPlace:
     """A place in the passes over a stream, and the examples that were read beyond it.
 
-    Two counts differ where `num_examples` is given: passes are counted by it, and laps by the ends
-    of the source. A place is the pass and the examples of it that were handed out, over all ranks;
-    the examples of the lap before it are what a resume goes by.
+    If `num_examples` is given, passes and laps differ: a pass ends after that many examples, and a
+    lap when the source ends. A place is a pass and the number of its examples that were handed out,
+    over all ranks. Resuming goes by the number of examples of the lap that lie before the place.
 
     Args:
-        reader: What reads the stream.
-        maker: What makes the batches.
+        reader: The reader of the stream.
+        maker: The maker of the batches.
         batch_size: Examples per batch over all ranks.
-        num_examples: Examples of a pass; None if nobody knows.
-        sharded: Whether the source gives each rank a part of its own.
+        num_examples: Examples of a pass; None if it is unknown.
+        sharded: Whether the source gives each rank its own part.
     """
 
     def __init__(
@@ -42,14 +42,19 @@ class StreamPlace:
         self._is_sharded = sharded
         self._waiting = self._maker.queue()
         self._last: tuple[int, list[Any]] | None = None  # the start and examples of the last batch
-        self._epoch = self._cursor = self._lap = self._position = 0
+        self._epoch = 0
+        self._cursor = 0
+        self._lap = 0
+        self._position = 0
         self._rank = 0
         self._world_size = 1
 
     @property
     def num_examples(self) -> int:
         """Return the number of examples of a pass, or `sys.maxsize` if it is not known."""
-        return sys.maxsize if self._num_examples is None else self._num_examples
+        if self._num_examples is None:
+            return sys.maxsize
+        return self._num_examples
 
     @property
     def batch_size(self) -> int:
@@ -63,7 +68,7 @@ class StreamPlace:
 
     @property
     def cursor(self) -> int:
-        """Return how many examples of the current pass all ranks have handed out so far."""
+        """Return how many examples of the current pass were handed out so far, over all ranks."""
         return self._cursor
 
     def set_batch_size(self, batch_size: int) -> None:
@@ -94,7 +99,7 @@ class StreamPlace:
         self._world_size = world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain values and, where the data have one, a state of theirs."""
+        """Return the position as plain values, with a state of the data if they have one."""
         state = {
             "epoch": self._epoch,
             "cursor": self._cursor,
@@ -112,8 +117,10 @@ class StreamPlace:
         return state
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be the same in the stream that continues a state."""
-        ranks = self._world_size if self._is_sharded else None
+        """Return everything that must be the same in the stream that continues a state."""
+        ranks = None
+        if self._is_sharded:
+            ranks = self._world_size
         return {
             "source": self._reader.source.name,
             "num_examples": self._num_examples,
@@ -130,13 +137,16 @@ class StreamPlace:
         """
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
-            raise HessianFlowError(f"this is no state of a stream: it lacks {', '.join(missing)}")
+            raise HessianFlowError(
+                f"this is not a state of a stream: it lacks {', '.join(missing)}; load one that"
+                " state_dict() of a StreamBatches returned"
+            )
         for what, mine in self._identity().items():
             saved = state["identity"].get(what)
             if saved != mine:
                 raise HessianFlowError(
-                    f"the saved stream had {saved!r} as {what}, this one has {mine!r}: cannot"
-                    " resume"
+                    f"the saved stream had {saved!r} as {what}, this one has {mine!r}: make it as"
+                    " the saved one to resume"
                 )
         epoch = int(state["epoch"])
         cursor = int(state["cursor"])
@@ -147,14 +157,16 @@ class StreamPlace:
             )
         batch_size = self._checked_batch_size(int(state["batch_size"]))
         lap, position = self._place_of(epoch, cursor, state)
-        mark = state.get("mark") if [epoch, cursor] == list(state["at"]) else None
+        mark = None
+        if [epoch, cursor] == list(state["at"]):
+            mark = state.get("mark")
         self._seek(lap, position, state.get("source"), mark)
         self._batch_size = batch_size
         self._epoch = epoch
         self._cursor = cursor
 
     def _place_of(self, epoch: int, cursor: int, state: Mapping[str, Any]) -> tuple[int, int]:
-        """Return lap and position of a place, which may be near that where the state was taken."""
+        """Return lap and position of a place, which may differ from that of the state."""
         if self._num_examples is None:
             return epoch, cursor
         taken_epoch, taken_cursor = state["at"]
@@ -162,13 +174,13 @@ class StreamPlace:
         position = int(state["position"]) + passed
         if position < 0:
             raise HessianFlowError(
-                f"the place epoch {epoch}, cursor {cursor} lies before the start of what is read"
-                " now: a stream cannot go back so far"
+                f"epoch {epoch}, cursor {cursor} lies before the lap that is being read: a stream"
+                " cannot go back so far; load an earlier state"
             )
         return int(state["lap"]), position
 
     def _seek(self, lap: int, position: int, source: Any, mark: Any) -> None:
-        """Read next from a place, and go there without reading again if that is possible."""
+        """Read next from a place, without reading anything again if that is possible."""
         reader = self._reader
         own = self._own(position)
         first = reader.position - len(self._waiting)
@@ -193,7 +205,7 @@ class StreamPlace:
         self._reader.start_lap(self._lap)
 
     def _own(self, position: int) -> int:
-        """Return how many of the first examples of a lap are this rank's to read."""
+        """Return how many of the first `position` examples of a lap this rank reads."""
         if not self._is_sharded:
             return position
         return (position - self._rank + self._world_size - 1) // self._world_size

@@ -1,7 +1,7 @@
 """Read a stream of unknown length in order, from any place, in this process or in workers.
 
-The reader returns to a place by the source's own state where it has one, else by counting: it
-starts the lap again and drops what was read before. Workers drop their part without sending it.
+The reader returns to a place by the source's own state if there is one. Otherwise it counts: it
+starts the lap again and drops the examples before the place. Workers drop theirs without sending.
 """
 
 import os
@@ -25,23 +25,23 @@ from hessianflow.data.streams import stream_seed
 from hessianflow.interfaces import HessianFlowError
 
 SNAPSHOT_EXAMPLES = 1024
-"""Examples between two states of the source that are remembered: our choice, as each costs time."""
+"""Examples between two remembered states of the source. Our choice; taking a state costs time."""
 
 
 class Reader:
     """Reads the chunks of a source in order, and goes to any place of it.
 
     Args:
-        source: What is read.
-        maker: What makes batches of the chunks, and says in which form it needs them.
-        seed: Seed of what the source draws from the global generators when a lap starts, such as
-            the order of a `DataLoader`, and of the workers.
-        chunk_size: Examples that are read at a time, at least.
-        by_count: Whether a state of the source is left alone.
-        options: Arguments of the `DataLoader`; without workers none is made.
+        source: The source to read.
+        maker: The maker of batches, which decides the form of the chunks.
+        seed: Seed of the workers, and of everything that the source draws from the global
+            generators when a lap starts, such as the order of a `DataLoader`.
+        chunk_size: Least number of examples that are read at a time.
+        by_count: Whether to ignore a state of the source and count.
+        options: Arguments of the `DataLoader` that runs the workers.
 
     Attributes:
-        lap: Number of the lap that is read.
+        lap: Number of the lap that is being read.
         has_ended: Whether the lap has no further examples.
     """
 
@@ -80,7 +80,7 @@ class Reader:
         self._ending: weakref.finalize[..., Reader] | None = None
 
     def _pack(self) -> Callable[[list[Any]], Any] | None:
-        """Return what makes a chunk of examples in a worker; None for a source of batches."""
+        """Return the function that packs a chunk in a worker; None for a source of batches."""
         if self._is_batched:
             return None
         if self._maker.is_stacked:
@@ -89,7 +89,7 @@ class Reader:
 
     @property
     def order(self) -> list[int] | None:
-        """Return what the order of the examples depends on besides the source."""
+        """Return the settings that the order of the examples depends on; None if on none."""
         if self._num_workers > 1:
             return [self._num_workers, self._chunk_size]
         return None
@@ -119,13 +119,13 @@ class Reader:
         Args:
             lap: Number of the lap.
             position: Examples of the lap before the place.
-            snapshot: Place of a state of the source in the lap, not after `position`, and that
-                state; None to start from the beginning of the lap.
+            snapshot: A place in the lap, not after `position`, and the state of the source there;
+                None to start from the beginning of the lap.
             mark: Fingerprint of the example before the place, if it is known.
 
         Raises:
-            HessianFlowError: The source cannot be started again, or its own state, from which it
-                was started, lies behind the place.
+            HessianFlowError: The source cannot be started again, or it was started from a state of
+                its own that lies after the place.
         """
         if not self.source.can_begin:
             if lap != self.lap or position < self.position:
@@ -135,8 +135,8 @@ class Reader:
         has_fresh = self._fresh is not None and self._fresh[0] == lap
         if snapshot is None and self._is_loaded and lap == self.lap and not has_fresh:
             raise HessianFlowError(
-                f"{self.source.name} was resumed from a state of its own, and cannot go back to"
-                f" example {position} before it: load that state again"
+                f"{self.source.name} was resumed from a state of its own and cannot go back before"
+                f" it, to example {position}: load that state again"
             )
         self.close()
         self.start_lap(lap)
@@ -147,8 +147,8 @@ class Reader:
     def next_chunk(self, wanted: int) -> Chunk | None:
         """Return the next examples, or None at the end of the lap.
 
-        Without workers, a source of examples is read in one piece of at least `wanted`, stacked at
-        once where it can be: objects that wait are slower to use.
+        Without workers, at least `wanted` examples are read in one piece, and stacked at once if
+        possible, because it is slower to stack objects that have waited.
 
         Raises:
             HessianFlowError: A worker has died, an example is refused, the source cannot be started
@@ -164,8 +164,8 @@ class Reader:
             if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
                 reason = str(error).splitlines()[0]
                 raise HessianFlowError(
-                    f"a worker of the stream {self.source.name} died ({reason}): it may lack"
-                    " memory, or its data end the process; try num_workers=0"
+                    f"a worker of the stream {self.source.name} died ({reason}): it may have run"
+                    " out of memory, or its data may end the process; try num_workers=0"
                 ) from error
             raise
         if chunk is None:
@@ -176,7 +176,7 @@ class Reader:
         return chunk
 
     def _stay(self) -> None:
-        """Read next from the same place, after an error: an iterator that failed gives no more."""
+        """Read next from the same place after an error; an iterator that failed gives no more."""
         self._drop_to = self.position
         self._read_so_far = 0
         start = self._start
@@ -198,13 +198,13 @@ class Reader:
             return self._without_dropped(chunk)
         if self._read_so_far < self._drop_to:
             raise HessianFlowError(
-                f"{self.source.name} ended after {self._read_so_far} examples, before the place"
-                f" {self._drop_to} to go to: this is another stream, or it has changed"
+                f"{self.source.name} ended after {self._read_so_far} examples, before example"
+                f" {self._drop_to} to resume at: give the stream that the state was saved from"
             )
         return None
 
     def _without_dropped(self, chunk: Chunk) -> Chunk:
-        """Count a chunk, and return it without what lies before the place to go to."""
+        """Count a chunk, and return it without the examples before the place to go to."""
         count, payload = chunk
         surplus = max(self._drop_to - self._read_so_far, 0)
         self._read_so_far += count
@@ -218,7 +218,7 @@ class Reader:
         return count - surplus, loading.rows_of(payload, rows)
 
     def _opened(self) -> Chunk | None:
-        """Start the lap and return its first chunk, with what it draws seeded by its number."""
+        """Start the lap and return its first chunk; the number of the lap seeds all draws."""
         Randomness(None).seed(self._seed, "workers", self.lap)
         self._snapshots.clear()
         self._read_so_far = 0
@@ -235,7 +235,7 @@ class Reader:
         return self._read()
 
     def _prepare(self) -> None:
-        """Put the source to the snapshot to start from, or to the start of the lap."""
+        """Put the source at the snapshot to start from, or at the start of the lap."""
         data = self.source.data
         start = self._start
         if start is None and self._fresh is not None and self._fresh[0] == self.lap:
@@ -253,15 +253,15 @@ class Reader:
         self._is_partial = True
 
     def _compare(self, example: Any, count: int) -> None:
-        """Warn if the example before the place is not the one that was there."""
+        """Warn if the example before the place differs from the one that was there before."""
         mark = self._mark
         self._mark = None
         if count > 0 and mark is not None and self._maker.mark_of(example) != mark:
             warnings.warn(
                 f"example {self._drop_to - 1} of {self.source.name} differs from the one that was"
-                " there before: either the data change their examples at random, or their order"
-                " cannot be reproduced, and examples are lost and repeated (where a shuffle buffer"
-                " is not in the state of the data, use by_count=True)",
+                " there before: either the data change their examples at random, or they do not"
+                " repeat their order, so that examples are lost and repeated (if the state of the"
+                " data lacks their shuffle buffer, use by_count=True)",
                 stacklevel=2,
             )
 
@@ -272,7 +272,7 @@ class Reader:
             skipped = rounds * self._chunk_size
         self._sent.place.copy_(torch.tensor([self.lap, skipped]))
         if self._loader is None:
-            self._options["generator"] = torch.Generator()  # else one draws from the global one
+            self._options["generator"] = torch.Generator()  # spares the global one
             self._loader = DataLoader(self._sent, **self._options)
         seed = stream_seed(self._seed, "workers", self.lap)
         self._options["generator"].manual_seed(seed)
@@ -284,7 +284,7 @@ class Reader:
         return self._read()
 
     def _read(self) -> Chunk | None:
-        """Return the next chunk as it comes, and remember the state before it now and then."""
+        """Return the next chunk, and remember the state of the source before it if one is due."""
         assert self._items is not None
         if self._num_workers > 0:
             return self._received()
@@ -323,7 +323,7 @@ class Reader:
         return place, self.source.data.state_dict()
 
     def snapshot(self, position: int) -> tuple[int, Any] | None:
-        """Return the newest state remembered that lies before `position`, and forget older ones."""
+        """Return the newest remembered state before `position`, and forget older ones."""
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= position:
             self._snapshots.popleft()
         newest = self._start
@@ -338,7 +338,7 @@ class Reader:
     def close(self) -> None:
         """Leave the lap, and end the workers of an unfinished one."""
         if self._ending is not None:
-            self._ending()  # else it would wait for each worker
+            self._ending()  # otherwise closing would wait for each worker
             self._loader = None
         self._detach()
         self._items = None

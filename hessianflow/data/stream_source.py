@@ -1,4 +1,4 @@
-"""The source of a stream, which is started once for each lap, and what a worker sends of it.
+"""The source of a stream, which is started once for each lap, and the chunks that workers send.
 
 A lap is one iteration of the source, from its start to its end.
 """
@@ -19,14 +19,14 @@ from hessianflow.interfaces import HessianFlowError
 from hessianflow.structure import article
 
 Chunk = tuple[int, Any]
-"""A number of examples and a list of them, or a batch of them."""
+"""A number of examples, and these examples as a list or as a batch."""
 
 
 class Source:
     """An iterable, or a function that makes an iterator, which is started once for each lap.
 
     Raises:
-        HessianFlowError: It is neither.
+        HessianFlowError: The data are neither.
     """
 
     def __init__(self, data: Any) -> None:
@@ -44,23 +44,23 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Return what the source is, for messages and states."""
+        """Return the name of the source for messages and states."""
         return getattr(self.data, "__qualname__", type(self.data).__qualname__)
 
     @property
     def can_begin(self) -> bool:
-        """Return whether the next lap can be started, which a plain generator allows once."""
+        """Return whether the next lap can be started; a plain generator allows a single one."""
         return not (self.is_once and self._was_begun)
 
     def cannot_begin(self) -> HessianFlowError:
-        """Return the error for a plain generator that is to be started again."""
+        """Return the error for starting a plain generator again."""
         return HessianFlowError(
             f"{article(self.data)} cannot be started again, neither for another pass nor to go"
-            " back: pass the function that makes it instead of what it returns"
+            " back: pass the function that makes it instead of its result"
         )
 
     def begin(self, lap: int) -> Iterator[Any]:
-        """Start a lap, after telling its number to whatever has a `set_epoch`."""
+        """Start a lap, after passing its number to every `set_epoch`."""
         if not self.can_begin:
             raise self.cannot_begin()
         self._was_begun = True
@@ -86,17 +86,19 @@ def _takes_a_number(function: Callable[..., Any]) -> bool:
 
 
 class WorkerChunks(IterableDataset[Any]):
-    """What a worker sends in each lap: the number of examples that it dropped, then its chunks.
+    """The data that workers iterate over and send.
+
+    In each lap, a worker sends the number of examples that it dropped, and then its chunks.
 
     Args:
-        source: What it reads.
+        source: The source to read.
         chunk_size: Examples in a chunk.
-        pack: Function that makes a chunk of a list of examples; None if each item of the source is
-            a batch, which is sent as it is.
+        pack: Function that makes a chunk from a list of examples; None if each item of the source
+            is a batch, which is sent unchanged.
 
     Attributes:
-        place: The lap to read next, and the examples that each worker drops at its start; int64
-            [2] in shared memory, so that it reaches workers that stay from one lap to the next.
+        place: The lap to read next, and the number of examples that each worker drops at its
+            start; int64 [2] in shared memory, which also reaches persistent workers.
     """
 
     def __init__(
@@ -138,5 +140,5 @@ def loader_options(
 
 
 def as_it_is(chunk: Any) -> Any:
-    """Return a chunk that a worker sends as it is."""
+    """Return a chunk unchanged; as a collate function, it sends the chunk as it is."""
     return chunk

@@ -38,9 +38,9 @@ def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
 
 
 def next_size(left: int, batch_size: int) -> int:
-    """Return the size of the next batch where `left` examples of the epoch are left.
+    """Return the size of the next batch when `left` examples of the epoch are left.
 
-    :class:`ExampleStream` says how the last batches of an epoch share its examples.
+    :class:`ExampleStream` describes how the last batches of an epoch share the rest.
     """
     tail = left - batch_size
     if tail <= 0:
@@ -53,7 +53,7 @@ def next_size(left: int, batch_size: int) -> int:
 
 
 def examples_to_judge(batch_size: int) -> int:
-    """Return how many examples must be left for the next batch to be full whatever follows."""
+    """Return how many examples must be left so that the next batch is full, whatever follows."""
     if batch_size == 1:
         return 1
     return batch_size + -(-max(batch_size, 3) // 2)
@@ -128,9 +128,9 @@ class ExampleStream:
         return self._cursor
 
     def batches_from(self, position: int) -> int:
-        """Return the number of batches between a position and the end, at the present size."""
+        """Return the number of batches from a position to the end, at the present size."""
         left = self._num_examples - position
-        # The last of an odd number in batches of two joins the batch before, see the class.
+        # In batches of two, a last single example joins the batch before; see the class.
         joins = self._shuffle and self._batch_size == 2 and left % 2 == 1 and left > 1
         return -(-left // self._batch_size) - joins
 

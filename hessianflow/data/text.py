@@ -1,10 +1,10 @@
-"""Text as bytes: files joined to one sequence, cut into blocks of which each is one example.
+"""Text as bytes: files are joined to one sequence and cut into blocks, each of which is an example.
 
-The vocabulary is the 256 values of a byte, so any file is text, in any encoding. Some of the files
-are held out for evaluation: those whose name, below the folder, has a hash in the lowest tenth of
-all values. A file keeps its place whatever other files come or go. The files are joined in the
-order of their hashes, with a zero byte after each, so that the first examples are from all over the
-folder. Of a single file, the last tenth is held out.
+The vocabulary is the 256 values of a byte, so any file is text, in any encoding. Some files are
+held out for evaluation: those whose name, relative to the folder, has a hash in the lowest tenth of
+all values. A file therefore stays in its split when other files come or go. The files are joined in
+the order of their hashes, with a zero byte after each, so that the first examples come from all
+over the folder. Of a single file, the last tenth is held out.
 """
 
 import sysconfig
@@ -28,7 +28,7 @@ BLOCK_LENGTH = 128
 HELD_OUT = 0.1
 """Share of the files, or of a single file, that is held out. This default is our choice."""
 _NOT_OURS = ("site-packages", "dist-packages", "__pycache__", "test", "tests")
-"""Folders of the standard library that are left out: other packages, and tests, which some
+"""Folders of the standard library that are left out: other packages, caches, and tests, which some
 installations lack."""
 
 
@@ -76,7 +76,7 @@ class TextSet:
         return replace(self, block_length=block_length)
 
     def take(self, count: int) -> "TextSet":
-        """Return a set of the first `count` examples, or of all where there are fewer."""
+        """Return a set of the first `count` examples, or of all if there are fewer."""
         return replace(self, text=self.text[: count * self.block_length + 1])
 
     def batches(
@@ -96,9 +96,9 @@ class TextSet:
 class TextBatches(ExampleStream):
     """Resumable batches of blocks of bytes, whose size may change at any time.
 
-    Iterating yields (inputs, targets), both int64 [n, T]; the targets are the bytes after the
-    inputs. The text stays on the device as it is, and a batch is gathered from it. For the order,
-    `batch_size`, `seed` and `shuffle` see :class:`~hessianflow.data.streams.ExampleStream`.
+    Iterating yields (inputs, targets), both int64 [n, T]; the target of a byte is the byte after
+    it. The text stays on the device as bytes, and each batch is gathered from it. For the order,
+    `batch_size`, `seed` and `shuffle`, see :class:`~hessianflow.data.streams.ExampleStream`.
 
     Args:
         text: Bytes, uint8 [N].
@@ -123,7 +123,7 @@ class TextBatches(ExampleStream):
     ) -> None:
         super().__init__((len(text) - 1) // block_length, batch_size, seed=seed, shuffle=shuffle)
         self.input_shape = (block_length,)
-        # A block and the byte after it, which is the first one of the next block: a view.
+        # A view: each row is a block and the byte after it, which also begins the next block.
         self._blocks = text.to(device).unfold(0, block_length + 1, block_length)
         self._plan: tuple[int, Tensor] | None = None
 
@@ -134,8 +134,10 @@ class TextBatches(ExampleStream):
 
     @property
     def value_range(self) -> NoReturn:
-        """Refuse to be attacked."""
-        raise HessianFlowError("the inputs are bytes, which no attack can change by a little")
+        """Raise an error, because bytes cannot be attacked."""
+        raise HessianFlowError(
+            "the inputs are bytes, which no attack can change slightly: train without an adversary"
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._handed_out(self._planned_batch)
@@ -155,8 +157,8 @@ def read_text(root: Path, split: str) -> TextSet:
     """Read one split of any text.
 
     Args:
-        root: A folder, whose files and those of its subfolders are read, but for names that begin
-            with a dot; a pattern such as "books/*.txt"; or a single file.
+        root: A folder, a pattern such as "books/*.txt", or a single file. Of a folder, all files
+            are read, also in its subfolders, except names that begin with a dot.
         split: "train" or "test".
 
     Raises:
@@ -178,10 +180,10 @@ def read_text(root: Path, split: str) -> TextSet:
 
 
 def read_python(_: Path, split: str) -> TextSet:
-    """Read one split of the sources of the standard library of the Python that runs.
+    """Read one split of the standard library's source files, from the running Python.
 
     Raises:
-        HessianFlowError: The installation has no sources.
+        HessianFlowError: The installation has no source files.
     """
     library = Path(sysconfig.get_path("stdlib"))
     paths = {_name(path, library): path for path in sorted(library.rglob("*.py"))}
@@ -190,7 +192,7 @@ def read_python(_: Path, split: str) -> TextSet:
 
 
 def held_out(names: Sequence[str]) -> set[str]:
-    """Return the names of files that are held out, at least one and never all of two or more."""
+    """Return the names of the files that are held out: at least one, but not all."""
     ordered = sorted(names, key=_share)
     count = sum(_share(name) < HELD_OUT for name in ordered)
     return set(ordered[: min(max(count, 1), len(ordered) - 1)])
@@ -214,7 +216,9 @@ def _joined(files: dict[str, Path], split: str, where: str) -> Tensor:
     """Return the bytes of the files of one split, in the order of their hashes."""
     texts = {name: path for name, path in files.items() if path.stat().st_size > 0}
     if not texts:
-        raise HessianFlowError(f"{where} holds no text: no file in it has a byte")
+        raise HessianFlowError(
+            f"{where} holds no text, because it has no file that is not empty: name other files"
+        )
     if len(texts) == 1:
         (only,) = texts.values()
         return _split_of_file(only, split).text
@@ -227,10 +231,10 @@ def _joined(files: dict[str, Path], split: str, where: str) -> Tensor:
 
 
 def _split_of_file(path: Path, split: str) -> TextSet:
-    """Return the beginning of a file for training, or its last tenth."""
+    """Return the beginning of a file for training, or its last tenth for testing."""
     content = _content(path)
     if not content:
-        raise HessianFlowError(f"{path} holds no text: it has no byte")
+        raise HessianFlowError(f"{path} holds no text, because it is empty: name another file")
     first_held_out = round(len(content) * (1 - HELD_OUT))
     part = content[:first_held_out]
     if split == "test":
@@ -239,7 +243,7 @@ def _split_of_file(path: Path, split: str) -> TextSet:
 
 
 def _tensor(content: bytearray) -> Tensor:
-    if not content:  # which torch refuses
+    if not content:  # torch refuses an empty buffer
         return torch.zeros(0, dtype=torch.uint8)
     return torch.frombuffer(content, dtype=torch.uint8)
 

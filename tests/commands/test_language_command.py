@@ -106,4 +106,4 @@ def test_attacks_on_a_trained_model_are_refused(capsys: pytest.CaptureFixture[st
     assert run(*TRAIN, "--controller", "fixed", "--curvature", "off", capsys=capsys)[0] == 0
     status, _, err = run("robustness", "run", capsys=capsys)
     assert status == 2
-    assert "bytes, which no attack can change by a little" in err
+    assert "bytes, which no attack can change slightly" in err

@@ -1,4 +1,4 @@
-"""Batches of iterable data: their sizes, their order after a resume, ranks, workers and errors.
+"""Batches of iterable data: their sizes, their order after resuming, ranks, workers and errors.
 
 The oracle is the list of what the source gives, and the sizes of `AdaptiveBatches` on as many.
 """
@@ -51,7 +51,7 @@ class Counting(IterableDataset):
 
 
 class WithState(Counting):
-    """The same, with a state of its own, which continues where it stands, as torchdata's do."""
+    """The same examples with a state that continues where it stands, as those of torchdata do."""
 
     place = 0
     loads = 0
@@ -120,7 +120,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hessianflow.data.stream_reader.SNAPSHOT_EXAMPLES", 1)
 
 
-def test_it_is_what_a_trainer_takes() -> None:
+def test_stream_batches_have_the_interface_that_a_trainer_needs() -> None:
     batches = make("iterable")
     assert isinstance(batches, ResizableBatches)
     assert isinstance(batches, TellsPlace)
@@ -158,7 +158,7 @@ def test_every_example_comes_once_in_each_pass(kind: str) -> None:
 
 @EVERY
 @pytest.mark.parametrize("stop", [0, 1, 4, 7, 11, 14, 20])
-def test_a_resumed_stream_goes_on_at_another_size(often: None, kind: str, stop: int) -> None:
+def test_a_resumed_stream_continues_at_another_size(often: None, kind: str, stop: int) -> None:
     def drawn(batches: StreamBatches, updates: int, start: int = 0) -> Iterator[Any]:
         """Batches whose size grows with their number, over the ends of passes."""
         iterator = iter(batches)
@@ -200,7 +200,7 @@ def test_a_state_of_the_data_is_used_and_little_is_read_again(often: None) -> No
 
 @EVERY
 @pytest.mark.parametrize("length", [None, "stated"])
-def test_it_goes_back_to_a_place_before(kind: str, length: str | None) -> None:
+def test_a_stream_goes_back_to_an_earlier_place(kind: str, length: str | None) -> None:
     count = 95 if kind == "batches" else COUNT
     batches = make(kind, num_examples=count if length else None)
     expected = seen(batches)
@@ -219,7 +219,7 @@ def test_it_goes_back_to_a_place_before(kind: str, length: str | None) -> None:
 
 
 @EVERY
-def test_a_sample_is_read_ahead_and_nothing_is_lost(kind: str) -> None:
+def test_a_sample_is_read_ahead_and_loses_no_example(kind: str) -> None:
     expected = seen(make(kind))
     batches = make(kind)
     iterator = iter(batches)
@@ -254,7 +254,7 @@ def test_a_rank_may_get_an_empty_shard() -> None:
     assert targets.shape == (0,)
 
 
-def test_parts_of_ranks_make_the_same_number_of_batches() -> None:
+def test_ranks_with_parts_of_their_own_make_equally_many_batches() -> None:
     def part(rank: int) -> list[Any]:
         return [example(n) for n in range(rank, 1000, 3)]
 
@@ -286,7 +286,7 @@ def test_parts_of_ranks_make_the_same_number_of_batches() -> None:
         StreamBatches(part(0), 10, sharded=True)
 
 
-def test_data_that_never_end_are_read_on_in_the_next_pass() -> None:
+def test_endless_data_are_read_on_in_the_next_pass() -> None:
     batches = StreamBatches(lambda: map(example, itertools.count()), 10, num_examples=30)
     assert flat(seen(batches)) == list(range(30))
     iterator = iter(batches)
@@ -308,9 +308,7 @@ def test_batches_are_joined_by_rows() -> None:
         assert batch["names"] == [f"n{i}" for i in batch["ids"].tolist()]
         assert batch["scale"] == 2.0
     ragged = [torch.zeros(4, 17), torch.zeros(4, 23)]
-    with pytest.raises(
-        HessianFlowError, match=r"of shapes \[4, 17\] and \[\d, 23\] cannot be join"
-    ):
+    with pytest.raises(HessianFlowError, match=r"has the shapes \[4, 17\] and \[\d, 23\], which"):
         list(StreamBatches([(x, torch.zeros(4)) for x in ragged], 8, batched=True))
     shared = [{"ids": torch.zeros(4), "scale": n} for n in range(2)]
     with pytest.raises(HessianFlowError, match=r"batch\['scale'\] has no row for each example and"):
@@ -318,7 +316,7 @@ def test_batches_are_joined_by_rows() -> None:
 
 
 @WORKERS
-def test_a_collate_gets_the_whole_batch(num_workers: int) -> None:
+def test_a_collate_fn_receives_the_whole_batch(num_workers: int) -> None:
     def padded(items: list[Any]) -> Any:
         return torch.nn.utils.rnn.pad_sequence(items, batch_first=True), torch.tensor(
             [len(item) for item in items]
@@ -361,7 +359,7 @@ def test_workers_are_started_once_or_in_every_pass(persistent_workers: bool) -> 
     assert started.tolist() == ([1, 1] if persistent_workers else [2, 2])
 
 
-def test_the_batch_goes_through_the_transform_and_collates_draw_alike() -> None:
+def test_batches_are_transformed_and_collate_fn_repeats_its_draws() -> None:
     def noisy(items: list[Any]) -> Any:
         return torch.rand(len(items)), torch.tensor([n for _, n in items])
 
@@ -387,7 +385,7 @@ def test_reading_leaves_the_global_generators_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_source_that_fails_is_read_on_where_it_failed() -> None:
+def test_a_source_that_failed_is_read_on_from_the_same_place() -> None:
     failures = iter([True])
 
     def source() -> Iterator[Any]:
@@ -408,7 +406,7 @@ def test_a_source_that_fails_is_read_on_where_it_failed() -> None:
         seen(broken)
 
 
-def test_a_batch_that_cannot_be_made_is_the_next_one() -> None:
+def test_a_batch_that_could_not_be_made_comes_next_again() -> None:
     failures = iter([False, True])
 
     def transform(batch: Any) -> Any:
@@ -431,7 +429,7 @@ def test_an_empty_stream_is_refused(stated: int | None) -> None:
         seen(StreamBatches([], 4, num_examples=stated))
     spent = iter([example(0)])
     next(spent)
-    with pytest.raises(HessianFlowError, match="an iterator that was read before gives nothing"):
+    with pytest.raises(HessianFlowError, match="that was read before gives nothing more"):
         seen(StreamBatches(spent, 4, num_examples=stated))
 
 
@@ -491,13 +489,13 @@ def test_a_worker_that_dies_is_named() -> None:
 def test_states_of_other_streams_are_refused() -> None:
     state = make("iterable").state_dict()
     for other, message in (
-        (make("list"), "had 'Counting' as source, this one has 'list': cannot resume"),
+        (make("list"), "had 'Counting' as source, this one has 'list': make it as"),
         (make("iterable", num_examples=COUNT), "had None as num_examples, this one has 103"),
         (make("2 workers"), r"had None as workers and chunk_size, this one has \[2, 5\]"),
     ):
         with pytest.raises(HessianFlowError, match=message):
             other.load_state_dict(state)
-    with pytest.raises(HessianFlowError, match="this is no state of a stream: it lacks lap, posi"):
+    with pytest.raises(HessianFlowError, match="this is not a state of a stream: it lacks lap"):
         make("list").load_state_dict(AdaptiveBatches([example(0)], 1).state_dict())
     with pytest.raises(HessianFlowError, match="got epoch -1, cursor 0: the state is damaged"):
         make("iterable").load_state_dict({**state, "epoch": -1})
@@ -507,13 +505,11 @@ def test_states_of_other_streams_are_refused() -> None:
     for _ in range(5):
         next(iterator)
     short.load_state_dict(batches.state_dict())
-    with pytest.raises(
-        HessianFlowError, match="Counting ended after 20 examples, before the place"
-    ):
+    with pytest.raises(HessianFlowError, match="Counting ended after 20 examples, before example"):
         seen(short)
 
 
-def test_an_order_that_cannot_be_reproduced_is_noticed() -> None:
+def test_a_warning_tells_of_an_order_that_is_not_reproducible() -> None:
     first = StreamBatches([example(n) for n in range(COUNT)], 10)
     next(iter(first))
     second = StreamBatches([example(n) for n in reversed(range(COUNT))], 10)
@@ -532,11 +528,11 @@ def test_an_order_that_cannot_be_reproduced_is_noticed() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
         ({"num_examples": 3}, "batch_size must not exceed the 3 examples of a pass, got 4"),
-        ({"num_examples": 0}, "num_examples must be at least 1, or None if nobody knows, got 0"),
+        ({"num_examples": 0}, "num_examples must be at least 1, or None if it is unknown, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"batched": True, "collate_fn": list}, "collate_fn makes a batch of single examples, and"),
-        ({"dataset": loader(), "num_workers": 1}, "num_workers must be 0 for a DataLoader, which"),
+        ({"batched": True, "collate_fn": list}, "collate_fn makes a batch of single examples, but"),
+        ({"dataset": loader(), "num_workers": 1}, "num_workers must be 0 for a DataLoader, got 1"),
         ({"dataset": iter([1]), "num_workers": 1}, "num_workers must be 0 for a list_iterator"),
     ],
 )
@@ -546,7 +542,5 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_map_style_batches_name_the_way_out() -> None:
-    with pytest.raises(
-        HessianFlowError, match=r"an iterable data set goes to hf\.data\.StreamBatches"
-    ):
+    with pytest.raises(HessianFlowError, match=r"use hf\.data\.StreamBatches for an iterable"):
         AdaptiveBatches(Counting(), 4)

@@ -70,7 +70,7 @@ def seen(batches: Any) -> list[list[int]]:
 
 
 def check(make: Any, **options: Any) -> dict[str, Any]:
-    """Stop at several places, also in the second pass, and compare with what was not stopped."""
+    """Stop at several places, also in the second pass, and compare with an uninterrupted stream."""
     whole = StreamBatches(make(), 10, **options)
     expected = [seen(whole), seen(whole)]
     for numbers in expected:
@@ -98,7 +98,7 @@ def test_shuffled_hugging_face_streams_continue_by_counting() -> None:
     assert "source" not in check(lambda: hugging_face(shuffle=True), by_count=True)
 
 
-def test_a_shuffle_buffer_that_would_be_lost_is_noticed() -> None:
+def test_a_warning_tells_of_a_shuffle_buffer_that_would_be_lost() -> None:
     first = StreamBatches(hugging_face(shuffle=True), 10)
     iterator = iter(first)
     for _ in range(8):
@@ -110,7 +110,7 @@ def test_a_shuffle_buffer_that_would_be_lost_is_noticed() -> None:
 
 
 @pytest.mark.slow
-def test_hugging_face_streams_are_shared_out_to_workers() -> None:
+def test_hugging_face_streams_are_divided_among_workers() -> None:
     check(hugging_face, num_workers=2, chunk_size=7)
 
 

@@ -1,4 +1,4 @@
-"""A trainer over a stream of unknown length: growing batches, stopped anywhere and resumed."""
+"""Trainers over streams of unknown length: batches grow, and runs are stopped and resumed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ class Noise(IterableDataset):
 
 
 class Remembered(Noise):
-    """The same with a state of its own."""
+    """The same examples with a state of their own."""
 
     place = 0
 
@@ -84,7 +84,7 @@ def trainer(data: Any, stop: int | None = None, **options: Any) -> Any:
 @pytest.mark.parametrize("source", [Noise, Remembered])
 @pytest.mark.parametrize("length", [None, COUNT])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     source: type[Noise],

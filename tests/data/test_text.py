@@ -1,4 +1,4 @@
-"""Text as bytes: blocks, held-out files, order and resumption, and what is refused."""
+"""Text as bytes: blocks, held-out files, the order, resumption and refusals."""
 
 import os
 import sysconfig
@@ -23,7 +23,7 @@ def read(root: Path | str, split: str = "train", block_length: int = 2) -> bytes
 
 
 def test_an_example_is_a_block_and_the_bytes_after_it() -> None:
-    """Eleven bytes hold two whole blocks of four whose last byte has a next one."""
+    """Eleven bytes hold two whole blocks of four that are followed by another byte."""
     batches = text_set(b"abcdefghijk", 4).batches(8, train=False)
     ((inputs, targets),) = list(batches)
     assert [bytes(row.tolist()) for row in inputs] == [b"abcd", b"efgh"]
@@ -99,7 +99,7 @@ def test_whole_files_are_held_out_and_keep_their_place(tmp_path: Path) -> None:
     assert pieces(read(root, "test")) >= test
 
 
-def test_about_a_tenth_of_many_names_is_held_out_and_never_none_or_all() -> None:
+def test_a_tenth_of_many_names_is_held_out_but_never_none_or_all() -> None:
     names = [f"folder/{number}.py" for number in range(5000)]
     # Six standard deviations of a binomial share.
     assert abs(len(held_out(names)) / 5000 - HELD_OUT) < 6 * (0.09 / 5000) ** 0.5
@@ -132,7 +132,7 @@ def test_a_pattern_chooses_files(tmp_path: Path) -> None:
     assert train == {f"<{n}>".encode() * 3 for n in range(40)}
 
 
-def test_the_sources_of_python_are_those_of_its_library() -> None:
+def test_the_python_set_reads_the_standard_library() -> None:
     splits = [load("python", split=split) for split in ("train", "test")]
     texts = [bytes(split.text.tolist()) for split in splits if isinstance(split, TextSet)]
     library = Path(sysconfig.get_path("stdlib"))
@@ -147,13 +147,13 @@ def test_the_sources_of_python_are_those_of_its_library() -> None:
     ("name", "message"),
     [
         ("missing", r"missing: no such file or folder; name the text with --data-dir"),
-        ("empty", r"empty holds no text: no file in it has a byte"),
+        ("empty", r"empty holds no text, because it has no file that is"),
         ("*.nothing", r"\*\.nothing holds no text"),
-        ("nothing.txt", r"nothing\.txt holds no text: it has no byte"),
+        ("nothing.txt", r"nothing\.txt holds no text, because it is empty"),
         ("short.txt", r"text: 4 bytes are too few for a block of 8 and the byte after it"),
     ],
 )
-def test_what_holds_no_text_is_refused_in_one_line(tmp_path: Path, name: str, message: str) -> None:
+def test_places_without_text_are_refused_in_a_line(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.txt").touch()
     (tmp_path / "short.txt").write_bytes(b"abcd")
@@ -171,5 +171,5 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_bytes_cannot_be_attacked() -> None:
-    with pytest.raises(HessianFlowError, match="bytes, which no attack can change by a little"):
+    with pytest.raises(HessianFlowError, match="bytes, which no attack can change slightly"):
         _ = shuffled().value_range
