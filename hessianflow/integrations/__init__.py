@@ -1,5 +1,5 @@
-"""Curvature and growing batches in the trainers of others: Lightning, transformers, accelerate.
+"""Curvature and growing batches in other trainers: Lightning, transformers and accelerate.
 
-Each module needs its host, which the extra of the same name installs: import it by name, such as
-`from hessianflow.integrations.lightning import AdaptiveBatch`. Nothing here is imported before.
+Each module needs its host, which the extra of the same name installs. Import the module by name,
+as in `from hessianflow.integrations.lightning import AdaptiveBatch`; no host is imported before.
 """

@@ -10,8 +10,8 @@
             optimizer.zero_grad()
             steering.after_step(loss)
 
-`batches` are `hf.data.AdaptiveBatches(..., device=accelerator.device)`; they need no `prepare`. The
-state is part of `accelerator.save_state()`, the figures go to `accelerator.log`.
+`batches` are `hf.data.AdaptiveBatches(..., device=accelerator.device)` and need no `prepare`. The
+state is part of `accelerator.save_state()`, and the figures go to `accelerator.log`.
 """
 
 import sys
@@ -42,28 +42,28 @@ HOST = "a loop on accelerate"
 
 
 class AdaptiveBatch:
-    """Measures the curvature, and lets a controller set batch and rate, in a loop on accelerate.
+    """Measures the curvature, and lets a controller set batch size and learning rate.
 
-    Readings are made after every pass over the data, or every so many examples, as far as the
-    budget lasts. The figures are "curvature/eigenvalue", "curvature/edge_share" (the share of the
-    stable learning rate in use), "batch/size" and others.
+    Readings are made after every pass over the data, or after every `every` examples, as long as
+    the budget allows. The figures are "curvature/eigenvalue", "curvature/edge_share" (the share of
+    the stable learning rate in use), "batch/size" and others.
 
-    Every process gets its part of each batch. The batch changes from the very next one on, in the
-    middle of a pass as well; workers continue.
+    Every process gets its part of each batch. A new batch size takes effect with the very next
+    batch, even in the middle of a pass, without restarting workers.
 
     Args:
         accelerator: The accelerator.
         model: The model, prepared or not.
         optimizer: Its optimizer, prepared or not.
-        batches: `hf.data.AdaptiveBatches` or others that change their size.
+        batches: `hf.data.AdaptiveBatches` or other batches whose size can change.
         loss_fn: loss_fn(outputs, targets), or loss_fn(model, batch) for a batch that is a dict.
-        controller: Any of `hf.control` that needs curvature, loss or learning rate alone, whose
-            decision is the first batch; None only measures.
-        every: Examples between two readings, which is what the controller calls an epoch; None: one
+        controller: Any controller of `hf.control` that needs only curvature, loss or learning rate.
+            Its decision sets the first batch size. None only measures.
+        every: Examples between two readings, which the controller counts as an epoch; None for one
             pass over the data.
-        passes: Planned passes over the data, for controllers that ask how far the run is.
+        passes: Planned passes over the data, for controllers that ask how far the run has come.
         batch: The probe batch, the same on all processes; None for `probe_examples` of `batches`.
-        probe_examples: See `batch`.
+        probe_examples: Examples of the probe batch, if `batch` is None.
         options: Further options of :class:`hessianflow.curvature.CurvatureProbe`, such as `budget`
             (default: 1 % of the training).
 
@@ -72,8 +72,8 @@ class AdaptiveBatch:
 
     Raises:
         HessianFlowError: The batches cannot change their size or be divided among processes,
-            accumulation or another controller sets the batch as well, or the controller needs what
-            such a loop does not show.
+            accumulation or another controller sets the batch size as well, or the controller needs
+            a signal that such a loop does not give.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class AdaptiveBatch:
             self.batches.set_batch_size(controller.decision.batch_size)
         if not isinstance(batches, Shardable):
             raise HessianFlowError(
-                f"{type(batches).__name__} cannot be shared out to processes: it lacks"
+                f"{type(batches).__name__} cannot be divided among processes: it lacks"
                 " set_shard(rank, world_size); use hf.data.AdaptiveBatches"
             )
         batches.set_shard(accelerator.process_index, accelerator.num_processes)
@@ -119,14 +119,14 @@ class AdaptiveBatch:
 
     @property
     def controller(self) -> BatchController | None:
-        """Return the controller that sets the batch; None if this only measures."""
+        """Return the controller that sets the batch size; None if this object only measures."""
         return self._steering.controller
 
     def after_step(self, loss: Tensor | float | None = None) -> dict[str, float]:
         """Measure, decide and log after an update; return the figures, none after most updates.
 
         Args:
-            loss: Mean loss of the batch on this process; only controllers that read it need it.
+            loss: Mean loss of the batch on this process, for controllers that need it.
         """
         examples = self.batches.examples
         figures = self._steering.after_update(examples, loss)
@@ -137,21 +137,22 @@ class AdaptiveBatch:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings, decisions and batches depend on."""
+        """Return all state that later readings, decisions and batches depend on."""
         return {"steering": self._steering.state_dict(), "passes": self.batches.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, at its place in the data and with its batch."""
+        """Continue from a state, at its place in the data and at its batch size."""
         self._steering.load_state_dict(state["steering"])
         self.batches.load_state_dict(state["passes"])
 
     def _check_alone(self) -> None:
-        """Refuse what else sets the batch: accumulation, or another object of this kind."""
+        """Refuse anything else that sets the batch size: accumulation or another AdaptiveBatch."""
         steps = self._accelerator.gradient_accumulation_steps
         if steps != 1:
             raise HessianFlowError(
-                f"gradient_accumulation_steps={steps} and the controller both set the batch: leave"
-                " accumulation out, and call accelerator.backward for parts of a batch instead"
+                f"gradient_accumulation_steps={steps} and the controller both set the batch size:"
+                " leave accumulation out, and call accelerator.backward for parts of a batch"
+                " instead"
             )
         others = [
             other

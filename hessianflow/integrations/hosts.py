@@ -9,12 +9,13 @@ Release = tuple[int, ...]
 
 
 def check_host(package: str, least: Release, below: Release) -> None:
-    """Refuse a package that is absent, or a release outside [least, below).
+    """Refuse a package that is not installed, or whose release is outside [least, below).
 
-    The extra of hessianflow that installs a package has the name of the package.
+    The extra of hessianflow that installs a package has the same name as the package.
 
     Raises:
-        HessianFlowError: It is absent or of another release; the message names range and extra.
+        HessianFlowError: The package is absent or of another release; the message names the range
+            and the extra.
     """
     wanted = f"{package}>={_text(least)},<{_text(below)}"
     remedy = f"pip install 'hessianflow[{package}]'"
@@ -33,7 +34,9 @@ def check_host(package: str, least: Release, below: Release) -> None:
 def _release(text: str) -> Release:
     """Return the leading numbers of a version: (5, 24, 0) of "5.24.0.dev0"."""
     found = re.match(r"\d+(\.\d+)*", text)
-    return () if found is None else tuple(map(int, found.group().split(".")))
+    if found is None:
+        return ()
+    return tuple(map(int, found.group().split(".")))
 
 
 def _text(release: Release) -> str:

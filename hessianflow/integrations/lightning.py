@@ -5,13 +5,13 @@
     trainer.fit(module, batches(train_set, 32))
 
 With `batches` (or `Passes(hf.data.AdaptiveBatches(...))`) as training data, alone or from a
-datamodule, the batch changes from the very next one on, in the middle of a pass as well; workers
-continue. With a DataLoader of any kind the batch grows by accumulation, in multiples of the
-loader's: Lightning counts the batches it accumulates from the start of a pass, so a new number
-waits until that count is a multiple of it, at the latest until the next pass.
+datamodule, a new batch size takes effect with the very next batch, even in the middle of a pass,
+without restarting workers. With a DataLoader of any kind, the batch grows by accumulation, in
+multiples of the loader's batch size. Lightning counts the batches to accumulate from the start of a
+pass, so a new number waits until that count is a multiple of it, or until the next pass.
 
-What the host fixes: its progress bar shows the length of a pass at its start, and schedules with
-the interval "step" count updates.
+Two things are left to the host: its progress bar shows the length that a pass had at its start, and
+schedules with the interval "step" count updates.
 """
 
 import sys
@@ -46,7 +46,7 @@ HOST = "Lightning"
 
 
 def batches(dataset: Dataset[Any], batch_size: int, **options: Any) -> Passes:
-    """Return training data for Lightning whose batch can change at any time.
+    """Return training data for Lightning whose batch size can change at any time.
 
     Args:
         dataset: Map-style data set.
@@ -57,30 +57,30 @@ def batches(dataset: Dataset[Any], batch_size: int, **options: Any) -> Passes:
 
 
 class AdaptiveBatch(Callback):  # type: ignore[misc]
-    """Measures the curvature, and lets a controller set batch and rate, in Lightning.
+    """Measures the curvature, and lets a controller set batch size and learning rate, in Lightning.
 
-    Readings are made after every pass over the data, or every so many examples, as far as the
-    budget lasts, and logged with the module's logger: "curvature/eigenvalue",
+    Readings are made after every pass over the data, or after every `every` examples, as long as
+    the budget allows. The module's logger logs them as "curvature/eigenvalue",
     "curvature/edge_share" (the share of the stable learning rate in use), "batch/size" and others.
-    The state is part of Lightning's checkpoints, with that of torch's random generators, which
-    Lightning does not keep.
+    The state is part of Lightning's checkpoints. It includes the state of torch's random
+    generators, which Lightning does not save.
 
     Args:
         loss_fn: loss_fn(outputs, targets) of the module's `forward`, or loss_fn(module, batch) for
             a batch that is a dict.
-        controller: Any of `hf.control` that needs curvature, loss or learning rate alone, whose
-            decision is the first batch; None only measures.
-        every: Examples between two readings, which is what the controller calls an epoch; None: one
+        controller: Any controller of `hf.control` that needs only curvature, loss or learning rate.
+            Its decision sets the first batch size. None only measures.
+        every: Examples between two readings, which the controller counts as an epoch; None for one
             pass over the data.
         batch: The probe batch, the same on all ranks; None for `probe_examples` of the training
             data.
-        probe_examples: See `batch`.
+        probe_examples: Examples of the probe batch, if `batch` is None.
         options: Further options of :class:`hessianflow.curvature.CurvatureProbe`, such as `budget`
             (default: 1 % of the training).
 
     Raises:
         HessianFlowError: When training begins: there are several optimizers, something else sets
-            the batch as well, or the controller needs what Lightning does not show.
+            the batch size as well, or the controller needs a signal that Lightning does not give.
     """
 
     def __init__(
@@ -99,30 +99,30 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         self._options = options
         self._steering = Steering(controller, every)
         self._passes: Passes | None = None
-        self._examples = 0  # where a DataLoader makes the batches
+        self._examples = 0  # counted only if a DataLoader makes the batches
         self._loader_batch = 0
         self._generators: Mapping[str, Any] | None = None  # until training begins
         self._place: Mapping[str, Any] | None = None
 
     @property
     def controller(self) -> BatchController | None:
-        """Return the controller that sets the batch; None if this only measures."""
+        """Return the controller that sets the batch size; None if this callback only measures."""
         return self._steering.controller
 
     @property
     def state_key(self) -> str:
-        """Return the name of the state in checkpoints, of which each callback needs its own."""
+        """Return the name of the state in checkpoints, which must differ between callbacks."""
         controller = type(self.controller).__name__
         key: str = self._generate_state_key(controller=controller, every=self._steering.every)
         return key
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be steered, before anything is trained."""
+        """Refuse a run that cannot be steered, before anything is trained."""
         del pl_module
         if len(trainer.optimizers) != 1:
             raise HessianFlowError(
-                f"AdaptiveBatch steers one optimizer, got {len(trainer.optimizers)}: measure in the"
-                " module itself with hf.curvature.CurvatureProbe"
+                f"AdaptiveBatch steers one optimizer, got {len(trainer.optimizers)}: use one, or"
+                " measure in the module itself with hf.curvature.CurvatureProbe"
             )
         if self.controller is None:
             return
@@ -136,17 +136,18 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         if trainer.accumulate_grad_batches != 1:
             raise HessianFlowError(
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches} and the controller both"
-                " set the batch: leave it out, the controller accumulates where it must"
+                " set the batch size: leave it out, since the controller accumulates where it must"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the probe of the module and its data."""
         data = trainer.train_dataloader
         world = current_world(pl_module.device)
-        self._passes = data if isinstance(data, Passes) else None
-        if self._passes is not None:
+        self._passes = None
+        if isinstance(data, Passes):
+            self._passes = data
             self._share_out(self._passes, trainer)
-            if self._place is not None:  # which Lightning does not keep at the end of a pass
+            if self._place is not None:  # Lightning itself loses the place at the end of a pass
                 self._passes.load_state_dict(self._place)
                 self._place = None
             examples = self._passes.num_examples
@@ -178,7 +179,7 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
             self._generators = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Accumulate as decided, now that the host counts from 0."""
+        """Accumulate as decided, now that the host's count starts at 0."""
         del pl_module
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 or self._passes is None:
             self._put_in_force(trainer, at_start=True)
@@ -205,7 +206,9 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
             self._examples += num_examples(batch) * trainer.world_size
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        examples = self._examples if self._passes is None else self._passes.examples
+        examples = self._examples
+        if self._passes is not None:
+            examples = self._passes.examples
         figures = self._steering.after_update(examples, _loss_of(outputs))
         self._put_in_force(trainer, at_start=False)
         if figures and trainer.is_global_zero:
@@ -214,33 +217,36 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         del pl_module
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizer as it was."""
+        """Give the learning rates of the optimizer back to the host."""
         del trainer, pl_module
         self._steering.finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings and decisions depend on, and the random states."""
+        """Return all state that later readings and decisions depend on, and the random states."""
+        passes = None
+        if self._passes is not None:
+            passes = self._passes.state_dict()
         return {
             "steering": self._steering.state_dict(),
-            "passes": None if self._passes is None else self._passes.state_dict(),
+            "passes": passes,
             "examples": self._examples,
             "generators": _generators(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, once training begins."""
+        """Continue from a state once training begins."""
         self._steering.load_state_dict(state_dict["steering"])
         self._examples = state_dict["examples"]
         self._generators = state_dict["generators"]
         self._place = state_dict["passes"]
 
     def _share_out(self, passes: Passes, trainer: Trainer) -> None:
-        """Give each rank its part of every batch, which Lightning does for DataLoaders alone."""
+        """Give each rank its part of every batch; Lightning does so only for DataLoaders."""
         if isinstance(passes.batches, Shardable):
             passes.batches.set_shard(trainer.global_rank, trainer.world_size)
 
     def _put_in_force(self, trainer: Trainer, *, at_start: bool) -> None:
-        """Set the batch, or the number of accumulated ones as soon as the host's count fits."""
+        """Set the batch size, or the number of accumulated batches once the host's count fits."""
         decision = self._steering.decision
         if decision is None:
             return
@@ -254,7 +260,7 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
 
 
 def _set_length(trainer: Trainer, passes: Passes) -> None:
-    """Set what the host compares its count of batches with, to see the end of a pass."""
+    """Set the number of batches at which the host sees the end of a pass."""
     loop = trainer.fit_loop
     length = loop.epoch_loop.batch_progress.current.ready + passes.left
     share = trainer.val_check_interval
@@ -265,13 +271,13 @@ def _set_length(trainer: Trainer, passes: Passes) -> None:
 
 
 def _size_of(loader: Any) -> int:
-    """Return the examples of a batch of a DataLoader."""
+    """Return the number of examples in a batch of a DataLoader."""
     size = getattr(loader, "batch_size", None)
     if size is None:
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if size is None:
         raise HessianFlowError(
-            f"the batch of a {type(loader).__name__} is not known: train on"
+            f"the batch size of a {type(loader).__name__} is not known: train on"
             " hessianflow.integrations.lightning.batches(train_set, batch_size)"
         )
     return int(size)
@@ -280,7 +286,9 @@ def _size_of(loader: Any) -> int:
 def _loss_of(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Mapping):
         outputs = outputs.get("loss")
-    return outputs if isinstance(outputs, Tensor) else None
+    if isinstance(outputs, Tensor):
+        return outputs
+    return None
 
 
 def _generators() -> dict[str, Any]:

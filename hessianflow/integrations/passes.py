@@ -1,4 +1,4 @@
-"""Batches of changing size in the form that hosts read: passes with a length."""
+"""Batches of changing size in the form that hosts expect: passes with a length."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,27 +9,27 @@ from hessianflow.interfaces import Batch, HessianFlowError, ResizableBatches, Te
 
 @runtime_checkable
 class CountsBatches(Protocol):
-    """Batches that know how they end a pass, where the size does not divide it."""
+    """Batches that know how many of them end a pass that their size does not divide."""
 
     def batches_from(self, position: int) -> int:
         """Return the number of batches between a position and the end of a pass."""
 
 
 class TellingBatches(ResizableBatches, TellsPlace, Protocol):
-    """Resizable batches that tell their place: AdaptiveBatches, DeviceBatches."""
+    """Resizable batches that tell their place, such as AdaptiveBatches and DeviceBatches."""
 
 
 class Passes:
-    """Resizable batches with the length of a pass, and with a place that outlives a checkpoint.
+    """Resizable batches with the length of a pass, whose place can be saved and restored.
 
-    Each iteration goes through the rest of one pass. Nothing is read ahead, so that a change of the
-    size reaches the very next batch, and a state taken between two batches loses none.
+    Each iteration goes through the rest of one pass. No batch is taken ahead, so a new size takes
+    effect with the very next batch, and a state taken between two batches loses none.
 
     Args:
-        batches: `hf.data.AdaptiveBatches` or others that tell their place.
+        batches: `hf.data.AdaptiveBatches` or other batches that tell their place.
 
     Attributes:
-        taken: Batches of the present pass that were handed out.
+        taken: Number of batches of the current pass that were handed out.
 
     Raises:
         HessianFlowError: The batches cannot change their size, or do not tell their place.
@@ -38,8 +38,8 @@ class Passes:
     def __init__(self, batches: Any) -> None:
         if not isinstance(batches, ResizableBatches) or not isinstance(batches, TellsPlace):
             raise HessianFlowError(
-                f"batches must be able to change their size and tell their place, as"
-                f" hf.data.AdaptiveBatches do, got {type(batches).__name__}"
+                "batches must be able to change their size and tell their place, got"
+                f" {type(batches).__name__}: use hf.data.AdaptiveBatches"
             )
         self.batches: TellingBatches = batches
         self.taken = 0
@@ -56,7 +56,7 @@ class Passes:
 
     @property
     def epoch(self) -> int:
-        """Return the number of completed passes; one whose last batch was taken is complete."""
+        """Return the number of completed passes; taking its last batch completes a pass."""
         return self.batches.epoch + (self.batches.cursor >= self.num_examples)
 
     @property
@@ -66,24 +66,24 @@ class Passes:
 
     @property
     def left(self) -> int:
-        """Return the number of batches that are left of the present pass, at the present size."""
+        """Return the number of batches that are left in the current pass, at the present size."""
         return self._batches_from(self.batches.cursor)
 
     def __len__(self) -> int:
-        """Return the batches of a pass: of this one, or of the next when all are taken."""
+        """Return the number of batches of this pass, or of the next one if all were taken."""
         if self.num_examples == sys.maxsize:
-            raise TypeError("nobody knows how many batches a stream without a length has")
+            raise TypeError("the number of batches of a stream without a length is not known")
         if self._is_at_end:
             return self._batches_from(0)
         return self.taken + self.left
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Set the number of examples of a batch from the very next batch on."""
+        """Set the batch size from the very next batch on."""
         if batch_size != self.batch_size:
             self.batches.set_batch_size(batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._is_at_end:  # a host that counts batches never asks for the one after the last
+        if self._is_at_end:  # a host that counts batches never reads to the end
             next(iter(self.batches), None)
             self.taken = 0
         for batch in self.batches:
@@ -92,11 +92,11 @@ class Passes:
         self.taken = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the batches, and how many were taken."""
+        """Return the state of the batches, and how many of them were taken."""
         return {"batches": self.batches.state_dict(), "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the place of a state; a pass that was complete is left behind."""
+        """Continue at the place of a state, or with the next pass if its pass was complete."""
         self.batches.load_state_dict(state["batches"])
         self.taken = state["taken"]
         if self._is_at_end:

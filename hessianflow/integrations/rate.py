@@ -1,4 +1,4 @@
-"""A factor of the learning rate that is in force for as long as an optimizer's step takes."""
+"""A factor of the learning rate that is in force only during a step of the optimizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,9 @@ from torch.optim.optimizer import Optimizer
 class RateFactor:
     """Multiplies the rates in the groups of an optimizer by a factor during each of its steps.
 
-    Between steps every group holds the rate that the schedule set, so that schedules of any kind
-    go on undisturbed. It works by the optimizer's own hooks, wherever the host calls `step`.
+    Between steps, every group holds the rate that the schedule set, so schedules of any kind
+    continue undisturbed. The factor works through the optimizer's own hooks, wherever the host
+    calls `step`.
 
     Args:
         optimizer: The optimizer, without the wrapper of a host.
@@ -32,7 +33,7 @@ class RateFactor:
 
     @property
     def value(self) -> float:
-        """Return the rate of the first group with the factor, as the next step uses it."""
+        """Return the rate of the first group times the factor, as the next step uses it."""
         return float(self._optimizer.param_groups[0]["lr"]) * self.factor
 
     @contextmanager
@@ -51,14 +52,14 @@ class RateFactor:
             hook.remove()
 
     def _multiply(self) -> None:
-        self._restore()  # a step that raised left its rates
+        self._restore()  # a step that raised an error left multiplied rates
         if self.factor == 1:
             return
         seen: set[int] = set()
         for group in self._optimizer.param_groups:
             rate = group["lr"]
             if isinstance(rate, Tensor):
-                if id(rate) in seen:  # torch gives all groups the tensor of the constructor
+                if id(rate) in seen:  # torch shares the constructor's tensor among all groups
                     continue
                 seen.add(id(rate))
             self._held.append((group, float(rate)))

@@ -1,4 +1,4 @@
-"""Readings and decisions during the training of a host, the same in all of them."""
+"""Readings and decisions during training in a host, in the same way for all hosts."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -26,21 +26,21 @@ from hessianflow.interfaces import (
 from hessianflow.measuring import generators_kept
 
 BUDGET = 0.01
-"""Largest share of the training cost that readings take, apart from the first one. As in the
-command."""
+"""Largest share of the training cost that readings take, apart from the first one. The command has
+the same default."""
 PROBE_EXAMPLES = 64
-"""Examples of the probe batch. As in the command."""
+"""Examples of the probe batch. The command has the same default."""
 KNOWN = frozenset({"eigenvalue", "train_loss", "epoch_loss", "learning_rate"})
 """Signals that every host can give a controller."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The training that a host plans.
+    """The training that a host has planned.
 
     Attributes:
-        examples_per_pass: Examples of the training set; `sys.maxsize` where nobody knows.
-        examples: Examples of the whole run; `sys.maxsize` where nobody knows.
+        examples_per_pass: Examples of the training set; `sys.maxsize` if unknown.
+        examples: Examples of the whole run; `sys.maxsize` if unknown.
         host: Name of the host, for messages.
     """
 
@@ -51,7 +51,7 @@ class Plan:
 
 @runtime_checkable
 class Samples(Protocol):
-    """Batches of which a probe batch can be taken."""
+    """Batches from which a probe batch can be taken."""
 
     def sample(self, count: int, seed: int = 0) -> Any:
         """Return `count` different examples chosen by `seed` alone."""
@@ -60,13 +60,13 @@ class Samples(Protocol):
 class Steering:
     """Measures the curvature and asks a controller, between two steps of a host.
 
-    After every update the controller is asked whether it is due. Readings are made when it needs
-    one, and after every interval, as far as the budget lasts. All ranks measure together, and rank
-    0's decision counts.
+    After every update, the controller is asked whether it is due. Readings are made when it needs
+    one, and after every interval, as long as the budget allows. All ranks measure together, and
+    rank 0 decides for all.
 
     Args:
-        controller: Any of `hf.control`; None only measures.
-        every: Examples of an interval, which is what a controller calls an epoch. None: one pass
+        controller: Any controller of `hf.control`; None only measures.
+        every: Examples of an interval, which the controller counts as an epoch. None for one pass
             over the data.
 
     Attributes:
@@ -91,11 +91,11 @@ class Steering:
     def start(
         self, plan: Plan, optimizer: Any, probe: CurvatureProbe | None, world: GroupWorld
     ) -> None:
-        """Begin, or go on if a state was loaded, with the objects that the host trains.
+        """Begin, or continue if a state was loaded, with the objects that the host trains.
 
         Raises:
-            HessianFlowError: The controller needs a signal that no host can give, or a reading
-                without a probe.
+            HessianFlowError: The controller needs a signal that no host can give, or it needs
+                readings and there is no probe.
         """
         self._check_needs(plan.host, probe)
         self._plan = plan
@@ -112,11 +112,11 @@ class Steering:
             self.rate = None
 
     def after_update(self, examples: int, loss: Tensor | float | None) -> dict[str, float]:
-        """Measure and decide, and return the figures to log: none after most updates.
+        """Measure and decide, and return the figures to log, which most updates have none of.
 
         Args:
             examples: Examples used so far, over all ranks.
-            loss: Mean loss of the update on this rank; None where it is not known.
+            loss: Mean loss of the update on this rank; None if it is not known.
         """
         self._updates += 1
         if loss is not None:
@@ -141,24 +141,27 @@ class Steering:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings and decisions depend on."""
+        """Return all state that later readings and decisions depend on."""
         probe = self._probe_state
         if self.probe is not None and probe is None:
             probe = self.probe.state_dict()
+        controller = None
+        if self.controller is not None:
+            controller = self.controller.state_dict()
         return {
             "intervals": self._intervals,
             "updates": self._updates,
             "examples": self._examples,
             "losses": self._losses.state_dict(),
-            "controller": None if self.controller is None else self.controller.state_dict(),
+            "controller": controller,
             "probe": probe,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; a probe that is made later, by :meth:`start`, takes its part then.
+        """Continue from a state; a probe that :meth:`start` gets later takes its part of it then.
 
         Raises:
-            HessianFlowError: The state was saved without a controller, or by another one.
+            HessianFlowError: The state was saved without a controller, or with another one.
         """
         if self.controller is not None:
             if state["controller"] is None:
@@ -176,7 +179,7 @@ class Steering:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Give probe and rate what was loaded before they were there."""
+        """Hand the loaded state to the probe and the rate, once they exist."""
         if self.probe is not None and self._probe_state is not None:
             self.probe.load_state_dict(self._probe_state)
             self._probe_state = None
@@ -191,9 +194,9 @@ class Steering:
         missing = sorted(needs - KNOWN)
         if missing:
             raise HessianFlowError(
-                f"{name} needs {', '.join(missing)}, which {host} does not show: use"
-                " hf.AdaptiveBatchTrainer, or a controller that needs curvature, loss or rate alone"
-                " (ABSA, CriticalBatch, Seesaw, any schedule)"
+                f"{name} needs {', '.join(missing)}, which {host} does not give: use"
+                " hf.AdaptiveBatchTrainer, or a controller that needs only curvature, loss or"
+                " learning rate (ABSA, CriticalBatch, Seesaw, any schedule)"
             )
         if "eigenvalue" in needs and probe is None:
             raise HessianFlowError(f"{name} needs curvature readings: pass a loss_fn to measure")
@@ -220,7 +223,7 @@ class Steering:
     def _decide(
         self, controller: BatchController, progress: Progress, reading: CurvatureReading | None
     ) -> dict[str, float]:
-        """Ask the controller, put its decision in force, and return it as figures if it changed."""
+        """Ask the controller, apply its decision, and return it as figures if it has changed."""
         assert self.rate is not None
         rate = self.rate
         available: dict[str, Callable[[], float]] = {"learning_rate": lambda: rate.value}
@@ -252,7 +255,7 @@ class Losses:
     examples: int = 0
 
     def add(self, loss: Tensor | float, examples: int) -> None:
-        """Add the mean loss of an update over so many examples."""
+        """Add the mean loss of an update over `examples` examples."""
         if isinstance(loss, Tensor):
             loss = loss.detach()
         self.last = loss
@@ -260,7 +263,7 @@ class Losses:
         self.examples += examples
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums as plain numbers, for which the host waits."""
+        """Return the sums as plain numbers, for which the CPU waits for the device."""
         return {"last": float(self.last), "total": float(self.total), "examples": self.examples}
 
 
@@ -275,7 +278,7 @@ def make_probe(
 ) -> CurvatureProbe:
     """Return the probe of a host's model, with its optimizer unless the controller needs none.
 
-    Several ranks measure their shards of the batch, which must be the same on all of them.
+    Several ranks each measure a shard of the batch, which must be the same on all ranks.
     """
     chosen: dict[str, Any] = {"budget": BUDGET, **options}
     if not getattr(controller, "reads_hessian", False):
@@ -286,15 +289,15 @@ def make_probe(
 
 
 def check_one_controller(others: list[Any], host: str) -> None:
-    """Refuse several parts of a host that each set the batch.
+    """Refuse several parts of a host that each set the batch size.
 
     Args:
-        others: What sets the batch, this part included.
-        host: What they are, for the message.
+        others: All parts that set the batch size, including the one that checks.
+        host: Name of the host, for the message.
     """
     if len(others) > 1:
         names = " and ".join(type(other).__name__ for other in others)
-        raise HessianFlowError(f"{names} both set the batch of this {host}: leave one of them out")
+        raise HessianFlowError(f"{names} both set the batch size of this {host}: leave one out")
 
 
 def _figures(reading: CurvatureReading | None) -> dict[str, float]:
@@ -320,15 +323,15 @@ def probe_batch(loader: Any, count: int, seed: int = 0) -> Any:
         batches = loader.batches
         if not isinstance(batches, Samples):
             raise HessianFlowError(
-                f"no probe batch can be taken of {type(batches).__name__}: pass batch=, some 64"
-                " examples"
+                f"no probe batch can be taken from {type(batches).__name__}: pass batch=, with"
+                " about 64 examples"
             )
         return batches.sample(min(count, loader.num_examples), seed)
     dataset: Any = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise HessianFlowError(
-            f"no probe batch can be taken of a {type(dataset).__name__} without a length: pass"
-            " batch=, some 64 examples as the collate function makes them"
+            f"no probe batch can be taken from a {type(dataset).__name__}, which lacks a length or"
+            " items by index: pass batch=, with about 64 examples, as the collate function makes it"
         )
     order = torch.randperm(len(dataset), generator=generator(seed, "sample"))
     with generators_kept():

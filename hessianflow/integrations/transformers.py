@@ -1,7 +1,7 @@
 """Curvature and growing batches in the Trainer of Hugging Face.
 
-`AdaptiveTrainer` is a `transformers.Trainer` whose batch a controller sets, from the very next
-update on, without a restart of workers:
+`AdaptiveTrainer` is a `transformers.Trainer` whose batch size is set by a controller. A new size
+takes effect with the very next update, without restarting workers:
 
     from hessianflow.integrations.transformers import AdaptiveTrainer as Trainer
     trainer = Trainer(..., controller=hf.control.ABSA(32, 512))
@@ -11,9 +11,9 @@ update on, without a restart of workers:
     from hessianflow.integrations.transformers import CurvatureCallback
     trainer.add_callback(CurvatureCallback(trainer))
 
-The figures go where the Trainer logs. What the host fixes: its progress bar ends where it was said
-at the start to end, `logging_steps`, `eval_steps` and `save_steps` count updates, and a sampler of
-its own (`group_by_length`) is not used.
+The figures go where the Trainer logs. Three things are left to the host: its progress bar keeps the
+end that was planned at the start; `logging_steps`, `eval_steps` and `save_steps` count updates; and
+its own samplers (`group_by_length`) are not used.
 """
 
 from collections.abc import Mapping
@@ -40,29 +40,29 @@ __all__ = ["AdaptiveBatchMixin", "AdaptiveTrainer", "CurvatureCallback", "model_
 
 
 class AdaptiveBatchMixin:
-    """A mixin before a class of Trainer, whose batch then follows a controller.
+    """A mixin to put before a class of Trainer, whose batch then follows a controller.
 
-    The batch counts examples of an update over all processes, and changes from the very next update
-    on, in the middle of a pass as well; workers continue. Processes run at most
-    `per_device_train_batch_size` examples at a time, and the gradient is that of the whole batch:
-    by the tokens that the host counts where the model divides by them (`num_items_in_batch`), else
-    by the labels that are not -100.
+    The batch size counts the examples of an update over all processes. A new size takes effect with
+    the very next update, even in the middle of a pass, without restarting workers. Processes run at
+    most `per_device_train_batch_size` examples at a time, and the gradient is that of the whole
+    batch. Its parts are weighted by the tokens that the host counts if the model divides by them
+    (`num_items_in_batch`), and otherwise by the labels that are not -100.
 
-    A run of `num_train_epochs` ends after that many passes, with fewer updates as the batch grows,
-    and the schedule of the learning rate follows the examples, so that it ends with the run. With
-    `max_steps` the run takes exactly so many updates, and the schedule follows these.
+    A run of `num_train_epochs` ends after that many passes, with fewer updates as the batch grows.
+    The schedule of the learning rate then follows the examples, so that it ends with the run. With
+    `max_steps`, the run takes exactly that many updates, and the schedule follows the updates.
 
     Args:
-        controller: Any of `hf.control` that needs curvature, loss or learning rate alone. Its
-            decision is the first batch.
-        every: Examples of what the controller calls an epoch; None: one pass over the data.
+        controller: Any controller of `hf.control` that needs only curvature, loss or learning rate.
+            Its decision sets the first batch size.
+        every: Examples that the controller counts as an epoch; None for one pass over the data.
         curvature: Options of :class:`CurvatureCallback`: `loss_fn`, `batch`, `probe_examples`,
-            `budget`, ...
+            `budget` and others.
 
     Raises:
-        HessianFlowError: Something else sets the batch as well: accumulation,
-            `auto_find_batch_size` or another controller; later: the data have no items by index,
-            or the controller needs what the Trainer does not show.
+        HessianFlowError: Something else sets the batch size as well: accumulation,
+            `auto_find_batch_size` or another controller. When training begins: the data have no
+            items by index, or the controller needs a signal that the Trainer does not give.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class AdaptiveBatchMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        own: Any = self  # whose other attributes are those of the host
+        own: Any = self  # has the attributes of the host as well
         self._control = ControlCallback(own, controller, every=every, **(curvature or {}))
         self.first_batch_size = controller.decision.batch_size
         self.last_loss: Tensor | None = None
@@ -104,11 +104,11 @@ class AdaptiveBatchMixin:
         return self.passes
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Plan as the host does; with `max_steps` there are as many passes as these need."""
+        """Plan as the host does, but allow as many passes as `max_steps` may need."""
         planned = list(super().set_initial_training_values(args, dataloader))  # type: ignore[misc]
         self.planned_updates = planned[-1]
         if args.max_steps > 0:
-            planned[0] = args.max_steps  # no pass has less than one update
+            planned[0] = args.max_steps  # a pass has at least one update
         return tuple(planned)
 
     def _init_training_state(
@@ -119,7 +119,7 @@ class AdaptiveBatchMixin:
         resume_from_checkpoint: Any,
         trial: Any,
     ) -> tuple[int, int]:
-        """Resume at the place in the data: the host would count it in updates of one size."""
+        """Resume at the place in the data; the host would compute it from one batch size."""
         start = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -131,7 +131,7 @@ class AdaptiveBatchMixin:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Return the mean loss of a batch after its gradient was added, a microbatch at a time."""
+        """Add the gradient of a batch, one microbatch at a time, and return its mean loss."""
         if self._is_summed is None:
             self._is_summed = self._sums_over(model, inputs, num_items_in_batch)
             self.loss_is_scaled_for_ga = self._is_summed
@@ -143,7 +143,7 @@ class AdaptiveBatchMixin:
         weights = [_weight(part) for part in parts]
         losses = []
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True), 1):
-            # The host divides by this where the loss is a mean over what it is given.
+            # The host divides a mean loss by this number.
             self.current_gradient_accumulation_steps = sum(weights) / max(weight, 1)
             with nullcontext() if number == len(parts) else accelerator.no_sync(model):
                 losses.append(step(model, part, num_items_in_batch))
@@ -151,7 +151,7 @@ class AdaptiveBatchMixin:
         return self.last_loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the host does, with the learning rate that the last update was made with."""
+        """Log as the host does, but with the learning rate that the last update used."""
         if "learning_rate" in logs:
             logs = {**logs, "learning_rate": logs["learning_rate"] * self._control.step_factor}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -159,8 +159,9 @@ class AdaptiveBatchMixin:
     def _sums_over(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
         """Return whether the loss is a sum over the items that the host counts.
 
-        The host takes that for granted where a model takes the number, but BERT and others ignore
-        it and return a mean: the host's own accumulation then adds means up. So it is measured.
+        The host assumes so for every model that accepts the number of items. BERT and others ignore
+        the number and return a mean, so the host's own accumulation would add up means. The loss is
+        therefore measured with the number and with twice the number.
         """
         if num_items is None:
             return False
@@ -186,7 +187,7 @@ class AdaptiveBatchMixin:
             value = getattr(args, name)
             if value != neutral:
                 raise HessianFlowError(
-                    f"{name}={value} and the controller both set the batch: leave {name} out;"
+                    f"{name}={value} and the controller both set the batch size: leave {name} out;"
                     " per_device_train_batch_size bounds the examples of a forward pass"
                 )
 
@@ -196,11 +197,11 @@ class AdaptiveTrainer(AdaptiveBatchMixin, Trainer):  # type: ignore[misc]
 
 
 class DatasetPasses(Passes):
-    """Passes that tell their data set and collate function, which the host looks for.
+    """Passes with the data set and the collate function, which the host looks for.
 
     Attributes:
         dataset: The data set.
-        collate_fn: Makes a batch of a list of its items.
+        collate_fn: Function that makes a batch from a list of items.
     """
 
     def __init__(self, batches: Any, dataset: Any, collate_fn: Any) -> None:
@@ -210,8 +211,8 @@ class DatasetPasses(Passes):
 
 
 def _weight(batch: Any) -> int:
-    """Return the items over which a mean loss of a batch is taken: labels other than -100."""
+    """Return the number of items in the mean loss of a batch: its labels other than -100."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return num_examples(batch)
-    return int(labels.ne(-100).sum())  # read on the host, where the batch may be still
+    return int(labels.ne(-100).sum())  # waits for the device, unless the batch is on the CPU

@@ -32,13 +32,13 @@ STATE_FILE = "hessianflow.pt"
 
 
 class Adaptive(Protocol):
-    """What a callback needs of the Trainer whose batch it sets.
+    """The attributes that a callback needs of the Trainer whose batch size it sets.
 
     Attributes:
         passes: The training data.
         last_loss: Mean loss of the last update.
-        planned_updates: Updates that the host planned at the first size.
-        first_batch_size: The first size.
+        planned_updates: Updates that the host planned at the first batch size.
+        first_batch_size: The first batch size.
         callback_handler: The host's callbacks.
     """
 
@@ -50,31 +50,31 @@ class Adaptive(Protocol):
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the loss that a model of transformers computes of a batch that holds its labels."""
+    """Return the loss that a model of transformers computes for a batch with labels."""
     outputs = model(**batch)
     loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     return loss
 
 
 class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures the curvature during the training of a Trainer, and logs it there.
+    """Measures the curvature while a Trainer trains, and logs it there.
 
-    A reading is made after every pass over the data, or every so many examples, as far as the
-    budget lasts. The figures are "curvature/eigenvalue", "curvature/edge_share" (the share of the
-    stable learning rate in use) and others. The state is kept in the Trainer's checkpoints.
+    A reading is made after every pass over the data, or after every `every` examples, as long as
+    the budget allows. The figures are "curvature/eigenvalue", "curvature/edge_share" (the share of
+    the stable learning rate in use) and others. The state is kept in the Trainer's checkpoints.
 
     Args:
         trainer: The Trainer.
-        every: Training examples between two readings; None: one pass over the data.
-        loss_fn: loss_fn(model, batch) of the measured loss; None for the loss of the model itself.
+        every: Training examples between two readings; None for one pass over the data.
+        loss_fn: loss_fn(model, batch), the loss to measure. By default, the model's own loss.
         batch: The probe batch; None for `probe_examples` of the training set.
-        probe_examples: See `batch`.
+        probe_examples: Examples of the probe batch, if `batch` is None.
         options: Further options of :class:`hessianflow.curvature.CurvatureProbe`, such as `budget`
             (default: 1 % of the training).
 
     Raises:
         HessianFlowError: When training begins: an option is out of range, or the data have no items
-            to take a probe batch of.
+            by index from which a probe batch could be taken.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def controller(self) -> BatchController | None:
-        """Return the controller that sets the batch; None if this only measures."""
+        """Return the controller that sets the batch size; None if this callback only measures."""
         return self.steering.controller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the probe of the model that is trained."""
+        """Make the probe for the model that is trained."""
         del control
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.global_step and not self._is_loaded and (folder / STATE_FILE).is_file():
@@ -131,15 +131,15 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         if figures:
             due = control.should_log
             self._trainer.log(figures)
-            control.should_log = due  # to log clears it, and the host's own figures would be lost
+            control.should_log = due  # logging clears it, and the host's own figures would be lost
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was."""
+        """Give the learning rates of the optimizer back to the host."""
         del args, state, control, kwargs
         self.steering.finish()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the state beside that of the Trainer."""
+        """Write the state beside the Trainer's own."""
         del control, kwargs
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and folder.is_dir():
@@ -149,43 +149,46 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         """Read the state from a checkpoint of the Trainer.
 
         Raises:
-            HessianFlowError: It holds none.
+            HessianFlowError: The checkpoint holds no state of this package.
         """
         path = Path(folder, STATE_FILE)
         if not path.is_file():
             raise HessianFlowError(
-                f"{folder} holds no {STATE_FILE}: it was not saved by this trainer, so the batch"
-                " and the place in the data are not known"
+                f"{folder} holds no {STATE_FILE}, so the batch size and the place in the data are"
+                " not known: resume from a checkpoint that this trainer saved"
             )
         self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self._is_loaded = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings depend on."""
+        """Return all state that later readings depend on."""
         return {"steering": self.steering.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.steering.load_state_dict(state["steering"])
 
     def examples(self, args: Any, state: Any) -> int:
-        """Return the training examples used so far: the host counts updates of one size."""
+        """Return the training examples used so far; all updates of the host have one size."""
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return int(state.global_step * size)
 
     def last_loss(self) -> Tensor | None:
-        """Return the mean loss of the last update; None where it is not known."""
+        """Return the mean loss of the last update; None if it is not known."""
         return None
 
     def _plan(self, args: Any, state: Any, loader: Any) -> Plan:
         total = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
         total *= args.world_size
         length = getattr(getattr(loader, "dataset", None), "__len__", None)
-        return Plan(total if length is None else length(), total, HOST)
+        examples = total
+        if length is not None:
+            examples = length()
+        return Plan(examples, total, HOST)
 
 
 class ControlCallback(CurvatureCallback):
-    """Lets a controller set the batch of an :class:`AdaptiveTrainer`, which makes it."""
+    """Lets a controller set the batch size of the :class:`AdaptiveTrainer` that made it."""
 
     def __init__(self, trainer: Adaptive, controller: BatchController, **options: Any) -> None:
         every = options.pop("every", None)
@@ -196,7 +199,7 @@ class ControlCallback(CurvatureCallback):
         self.step_factor = 1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that nothing else sets the batch, and make the probe."""
+        """Check that nothing else sets the batch size, and make the probe."""
         sets = [
             callback
             for callback in self._trainer.callback_handler.callbacks
@@ -206,7 +209,7 @@ class ControlCallback(CurvatureCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure and decide; then correct what the host counts in updates of the first size."""
+        """Measure and decide, and correct the plans that the host made at the first batch size."""
         passes = self._adaptive.passes
         state.epoch = passes.examples / passes.num_examples
         assert self.steering.rate is not None
@@ -233,12 +236,12 @@ class ControlCallback(CurvatureCallback):
         return self._adaptive.last_loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later readings, decisions and batches depend on."""
+        """Return all state that later readings, decisions and batches depend on."""
         passes = self._adaptive.passes.state_dict()
         return {**super().state_dict(), "passes": passes, "scheduled": self._scheduled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, at its place in the data and with its batch."""
+        """Continue from a state, at its place in the data and at its batch size."""
         if "passes" not in state:
             raise HessianFlowError(
                 "the checkpoint was made without a controller: resume without one, or start a new"
@@ -262,10 +265,11 @@ class ControlCallback(CurvatureCallback):
         return planned
 
     def _advance(self, scheduler: Any, done: float) -> None:
-        """Let the schedule follow the examples: the host steps it once an update.
+        """Let the schedule follow the examples, beyond the step that the host makes per update.
 
         Args:
-            scheduler: The host's schedule, which ends after the updates planned at the first size.
+            scheduler: The host's schedule, which ends after the updates planned at the first batch
+                size.
             done: Share of the run's examples that were used.
         """
         if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
@@ -275,7 +279,7 @@ class ControlCallback(CurvatureCallback):
             self._scheduled += 1
 
     def _updates_left(self, args: Any) -> int:
-        """Return the updates until the planned examples are used, at the present size."""
+        """Return the number of updates until the planned examples are used, at this batch size."""
         passes = self._adaptive.passes
         left = self._planned(args) - passes.examples
         in_pass = min(left, -passes.examples % passes.num_examples)

@@ -1,4 +1,4 @@
-"""A loop on accelerate with a batch that grows."""
+"""A loop on accelerate with a growing batch."""
 
 import warnings
 from pathlib import Path
@@ -29,7 +29,7 @@ def stream() -> hf.data.AdaptiveBatches:
 
 
 class Loop:
-    """The loop of a user: the model has dropout, so that the random generators matter."""
+    """A training loop as users write it; dropout makes the random generators matter."""
 
     def __init__(self, accelerator: Any, controller: Any, **options: Any) -> None:
         torch.manual_seed(0)
@@ -105,18 +105,18 @@ def test_figures_reach_the_trackers(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("events.*"))
 
 
-def test_what_also_sets_the_batch_is_refused() -> None:
+def test_a_second_part_that_sets_the_batch_size_is_refused() -> None:
     accelerator = Accelerator()
     Loop(accelerator, hf.control.FixedBatch(16))
     with pytest.raises(
-        HessianFlowError, match="AdaptiveBatch and AdaptiveBatch both set the batch"
+        HessianFlowError, match="AdaptiveBatch and AdaptiveBatch both set the batch size"
     ):
         Loop(accelerator, hf.control.FixedBatch(16))
     with pytest.raises(HessianFlowError, match="gradient_accumulation_steps=2 and the controller"):
         Loop(Accelerator(gradient_accumulation_steps=2), hf.control.FixedBatch(16))
 
 
-def test_what_such_a_loop_does_not_show_is_refused() -> None:
+def test_signals_that_such_a_loop_does_not_give_are_refused() -> None:
     with pytest.raises(
         HessianFlowError, match=r"NormTest needs .*, which a loop on accelerate does"
     ):

@@ -1,4 +1,4 @@
-"""Lightning with a batch that grows, by batches of changing size and by accumulation."""
+"""Lightning with a growing batch, from batches of changing size and by accumulation."""
 
 import warnings
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_batches_of_a_datamodule_and_with_workers_are_the_same(tmp_path: Path) -
 
 @pytest.mark.parametrize("save_at", [3, 7, 11, 14])
 def test_a_resumed_run_is_equal_bit_for_bit(save_at: int, tmp_path: Path) -> None:
-    """Before, between and after the growths."""
+    """The run is saved before, between and after the growths of the batch."""
 
     def run(resume: str | None = None) -> tuple[Module, Trainer]:
         saving = ModelCheckpoint(
@@ -197,8 +197,10 @@ def test_measuring_alone_changes_nothing(tmp_path: Path) -> None:
     ],
     ids=["another", "a schedule"],
 )
-def test_what_also_sets_the_batch_is_refused(others: list[Any], names: str, tmp_path: Path) -> None:
-    with pytest.raises(HessianFlowError, match=f"{names} both set the batch of this Trainer"):
+def test_a_second_part_that_sets_the_batch_size_is_refused(
+    others: list[Any], names: str, tmp_path: Path
+) -> None:
+    with pytest.raises(HessianFlowError, match=f"{names} both set the batch size of this Trainer"):
         fitted(tmp_path, batches(data(), 16), [callback(), *others])
 
 

@@ -1,4 +1,4 @@
-"""The scripts and the notebook of experiments/integrations, as their readers run them."""
+"""The scripts and the notebook in experiments/integrations, run as readers would run them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The Trainer of transformers with a batch that grows, against the Trainer without."""
+"""The Trainer of transformers with a growing batch, compared with the Trainer alone."""
 
 import copy
 import warnings
@@ -196,7 +196,7 @@ def test_a_resumed_run_is_equal_bit_for_bit(save_at: int, tmp_path: Path) -> Non
 def test_the_gradient_is_that_of_the_host_on_the_whole_batch(
     model: Any, tokens: bool, tmp_path: Path
 ) -> None:
-    """Whatever the size of the microbatches, with padding, and with labels of -100."""
+    """This holds for every size of the microbatches, with padding and with labels of -100."""
     gradients = []
     losses = []
     batch = padded([Sentences(tokens=tokens)[index] for index in range(24)])
@@ -255,12 +255,12 @@ def test_measuring_alone_changes_nothing_and_keeps_its_state(tmp_path: Path) -> 
     assert logged(resumed, "curvature/eigenvalue") == logged(host, "curvature/eigenvalue")
 
 
-def test_what_also_sets_the_batch_is_refused(tmp_path: Path) -> None:
+def test_a_second_part_that_sets_the_batch_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HessianFlowError, match="gradient_accumulation_steps=2 and the controller"):
         trainer(tmp_path, gradient_accumulation_steps=2)
     host = trainer(tmp_path)
     host.add_callback(ControlCallback(host, hf.control.FixedBatch(8)))
-    with pytest.raises(HessianFlowError, match="both set the batch of this Trainer: leave one"):
+    with pytest.raises(HessianFlowError, match="both set the batch size of this Trainer: leave"):
         host.train()
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
-def test_workers_load_and_need_not_start_again(tmp_path: Path) -> None:
+def test_workers_are_not_restarted(tmp_path: Path) -> None:
     host = trainer(tmp_path, dataloader_num_workers=1, num_train_epochs=1)
     host.train()
     alone = trainer(tmp_path, num_train_epochs=1)

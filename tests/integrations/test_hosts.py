@@ -1,4 +1,4 @@
-"""What the hosts share: their releases, the factor of the rate, passes, readings and decisions."""
+"""Parts that all hosts share: releases, the factor of the rate, passes, readings, decisions."""
 
 import importlib
 import importlib.metadata
@@ -66,7 +66,7 @@ def test_a_release_is_compared_by_its_numbers(
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_the_factor_is_in_force_during_steps_alone(rate: float | torch.Tensor) -> None:
+def test_the_factor_is_in_force_only_during_steps(rate: float | torch.Tensor) -> None:
     weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     optimizer = SGD([{"params": [weight]} for weight in weights], lr=rate)
     factor = RateFactor(optimizer)
@@ -133,7 +133,7 @@ def test_the_length_follows_a_change_in_the_middle_of_a_pass() -> None:
     assert stream.epoch == 1
 
 
-def test_a_host_that_counts_batches_needs_not_ask_for_the_one_after_the_last() -> None:
+def test_a_host_that_counts_batches_need_not_read_to_the_end() -> None:
     stream = passes(25)
     for epoch in range(3):
         iterator = iter(stream)
@@ -145,7 +145,7 @@ def test_a_host_that_counts_batches_needs_not_ask_for_the_one_after_the_last() -
 
 
 @pytest.mark.parametrize("taken", [1, 4], ids=["in the middle", "at the end"])
-def test_a_state_goes_on_with_the_next_batch(taken: int) -> None:
+def test_a_state_continues_with_the_next_batch(taken: int) -> None:
     one, other = passes(25), passes(25)
     iterator = iter(one)
     for _ in range(taken):
@@ -159,7 +159,7 @@ def test_a_state_goes_on_with_the_next_batch(taken: int) -> None:
 
 
 def test_batches_that_cannot_change_are_refused() -> None:
-    with pytest.raises(HessianFlowError, match=r"as hf\.data.AdaptiveBatches do, got DataLoader"):
+    with pytest.raises(HessianFlowError, match=r"got DataLoader: use hf\.data\.AdaptiveBatches"):
         Passes(torch.utils.data.DataLoader(data()))
 
 
@@ -176,7 +176,7 @@ def steered(controller: object, every: int | None, total: int = 400, **options: 
     return steering
 
 
-def test_it_measures_at_every_interval_and_names_the_share_of_the_edge() -> None:
+def test_steering_measures_at_every_interval_and_gives_the_share_of_the_edge() -> None:
     steering = steered(None, 50)
     figures = [steering.after_update(examples, None) for examples in range(25, 201, 25)]
     assert [bool(each) for each in figures] == [False, True] * 4
@@ -210,7 +210,7 @@ def test_a_controller_decides_in_the_middle_of_a_pass_and_not_at_the_end_of_the_
     assert sizes == [8, 16, 16, 32, 32, 64, 64, 64, 64, 64]
 
 
-def test_a_state_that_is_loaded_before_the_start_goes_on_equally() -> None:
+def test_a_state_loaded_before_the_start_continues_equally() -> None:
     whole = steered(hf.control.CriticalBatch(8, 64), 50)
     for examples in (25, 50, 75, 100):
         whole.after_update(examples, torch.tensor(1 / examples))
@@ -227,7 +227,7 @@ def test_a_state_that_is_loaded_before_the_start_goes_on_equally() -> None:
         assert one == two
 
 
-def test_what_a_host_does_not_show_is_refused() -> None:
+def test_signals_that_a_host_does_not_give_are_refused() -> None:
     with pytest.raises(HessianFlowError, match=r"NoiseScale needs large_batch_size, .* a test"):
         steered(hf.control.NoiseScale(8, 64), None)
 
