@@ -88,7 +88,7 @@ class TrainConfig:
             adamw, and 0.24 for muon; lars, clars and lamb have a default for digits only.
         warmup_epochs: Epochs over which the rate rises linearly from 0 to that of the schedule.
         lr_rule: Rule by which the rate follows the batch; default: sqrt for adam, adamw, lamb,
-            muon and for classes of one's own without "SGD" in their name, if the controller scales
+            muon and for your own classes without "SGD" in their name, if the controller scales
             the rate, else that of the controller (linear for absa).
         max_lr_factor: Cap on the factor by which lr_rule multiplies the rate; default: none.
         resolution: Order of training resolutions. cyclic goes from low to high within every stretch

@@ -19,8 +19,8 @@ RATES: Mapping[str, Mapping[str, float]] = {
 
 The rate of Adam is the default of Kingma and Ba, arXiv:1412.6980, section 2; that of Muon is
 the one of airbench (github.com/KellerJordan/cifar10-airbench) for weights that are renormalised.
-That of AdamW on text was the best of 0.002, 0.004 and 0.008 for gpt-tiny in 192 updates of 16
-blocks of 64 bytes (experiments/language): held-out losses 2.064, 1.959 and 2.001 nats.
+The rate of AdamW on text was the best of 0.002, 0.004 and 0.008 for gpt-tiny in 192 updates of 16
+blocks of 64 bytes; the held-out losses were 2.064, 1.959 and 2.001 nats (experiments/language).
 Rates on digits come from 30 epochs of `hessianflow train --optimizer NAME --lr RATE` with seeds 0
 and 1 (for lamb, 2 too). Test accuracy in %: adam and adamw 98.3 98.6; lars 98.3 98.1 at 0.3, 98.1
 98.3 at 1, 98.6 98.1 at 3, diverged at 10; clars 98.9 97.8 at 0.1 and at 0.3, diverged at 1; lamb

@@ -129,7 +129,7 @@ def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preferred(config: TrainConfig, preset: Preset) -> dict[str, Any]:
-    """Return what is given, else what the controller prefers, else what is usual for the data."""
+    """Return methods as given, or as the controller prefers, or as is usual for the data set."""
     values: dict[str, Any] = {**preset.usual_methods, "norm_mode": "eval"}
     values |= prefers(KINDS["controller"], config.controller)
     for name, preferred in values.items():
@@ -158,7 +158,7 @@ def _facts(
 
 
 def _counted(run: RunFacts, parts: int) -> RunFacts:
-    """Return the facts about a run as its controller counts them: in parts of passes."""
+    """Return the facts about a run in the epochs that its controller counts: parts of passes."""
     milestones = tuple(parts * milestone for milestone in run.milestones)
     return replace(run, epochs=parts * run.epochs, milestones=milestones)
 

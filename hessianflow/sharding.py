@@ -1,6 +1,6 @@
 """Models whose weights are in shards, and the shard of a weight that this process holds.
 
-Nothing here imports torch's distributed packages: where they are not loaded, no object is of their
+Nothing here imports torch's distributed packages: if they are not loaded, no object can be of their
 classes.
 """
 
@@ -35,7 +35,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def sharded_by(module: nn.Module) -> str:
-    """Return by what a module shards its weights: the name of FSDP's class or function, or ""."""
+    """Return the name of FSDP's class or function that shards a module; "" if it is not sharded."""
     if isinstance(module, _loaded((_FSDP, "FullyShardedDataParallel"))):
         return "FullyShardedDataParallel"
     if isinstance(module, _loaded((_FSDP, "FSDPModule"))):
@@ -60,6 +60,6 @@ def check_whole(model: nn.Module, name: str, way_out: str) -> None:
 
 
 def _loaded(*names: tuple[str, str]) -> tuple[type[Any], ...]:
-    """Return those of some (module, class) that are imported: no object is of any other."""
+    """Return the classes whose modules are imported; no object can be of the other classes."""
     kinds = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(kind for kind in kinds if kind is not None)

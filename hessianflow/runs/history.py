@@ -21,7 +21,7 @@ from hessianflow.runs.rows import Record, row_fault
 LONGEST_LINE = 2**20
 """Most bytes of a row. This default is our choice: runs write rows of a few hundred."""
 SHOWN_EPOCHS = 10
-"""Epochs that a notebook shows, the last ones. Our choice."""
+"""Number of last epochs that a notebook shows. Our choice."""
 SHOWN_FIELDS = (
     "epoch",
     "updates",
@@ -110,10 +110,13 @@ class History:
                 "History.to_pandas needs the package pandas: pip install 'hessianflow[notebook]';"
                 f" History.of_kind({kind!r}) returns the rows as dicts"
             ) from None
-        return DataFrame(self.of_kind(kind) if kind else list(self.records))
+        rows = list(self.records)
+        if kind:
+            rows = list(self.of_kind(kind))
+        return DataFrame(rows)
 
     def __repr__(self) -> str:
-        """Return one line that says what the run did, and not all its rows."""
+        """Return one line that says what the run did, instead of all its rows."""
         return f"History({'; '.join(_facts(self))})"
 
     def _repr_html_(self) -> str:
@@ -140,7 +143,7 @@ class History:
 
 
 def _facts(history: History) -> list[str]:
-    """Return what a run did, in a few words each."""
+    """Return the main facts about a run, each in a few words."""
     facts = []
     if history.run_dir is not None:
         facts.append(str(history.run_dir))
@@ -159,7 +162,9 @@ def _facts(history: History) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    return str(value)
 
 
 def read_records(path: Path, damaged: Damaged = "refuse") -> list[Record]:

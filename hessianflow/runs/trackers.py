@@ -1,9 +1,9 @@
-"""Receivers of a run's records in experiment trackers: Weights & Biases, MLflow.
+"""Sinks that send a run's records to experiment trackers: Weights & Biases and MLflow.
 
 Both plot figures over training examples, so that runs of different batch sizes can be compared.
 Names are KIND/FIELD, such as "epoch/eval_accuracy", "curvature/eigenvalue" and "batch/to". Text
-(reasons, messages) is no point of a curve, and the newest of each kind is kept beside the run. The
-settings of the run are passed on when it starts.
+(reasons, messages) cannot be a point of a curve, so the newest text of each name is kept beside the
+run. The settings of the run are passed on when it starts.
 """
 
 import time
@@ -13,20 +13,20 @@ from typing import Any
 from hessianflow.interfaces import HessianFlowError
 
 PLACE = ("kind", "epoch", "examples", "updates")
-"""Fields of a record that say where in the run it was made."""
+"""Fields of a record that say where in the run it was made; they are not figures."""
 STEP = "examples"
 LONGEST_TEXT = 500
-"""Most characters of a value in MLflow, whose older servers store no more."""
+"""Largest number of characters of a text in MLflow, because older servers store no more."""
 
 
 class WandbSink:
-    """Writer of a run of Weights & Biases.
+    """A sink that writes to a run of Weights & Biases.
 
-    The run begins at the first record, so that the sink can be made on every rank. Resume it with
-    `id=` and `resume="allow"`.
+    The run there begins with the first record, so the sink can be made on every rank. Resume a run
+    with `id=` and `resume="allow"`.
 
     Args:
-        options: Options of `wandb.init`: project, name, mode ("offline"), dir, ...
+        options: Options of `wandb.init`, such as project, name, mode ("offline") and dir.
 
     Raises:
         HessianFlowError: The package wandb is not installed.
@@ -43,7 +43,7 @@ class WandbSink:
         self._run: Any = None
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Take the settings of the run, which go to the run's config."""
+        """Take the settings of the run, which go to the config of the run there."""
         self._config = config
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -66,15 +66,16 @@ class WandbSink:
 
 
 class MLflowSink:
-    """Writer of a run of MLflow, by its client alone: no run becomes the active one.
+    """A sink that writes to a run of MLflow.
 
-    The run begins at the first record, so that the sink can be made on every rank.
+    It uses MLflow's client only, so it does not change the active run. The run there begins with
+    the first record, so the sink can be made on every rank.
 
     Args:
-        experiment: Name of the experiment, made if absent.
+        experiment: Name of the experiment, which is created if it does not exist.
         name: Name of the run; None lets MLflow choose.
         tracking_uri: Address of the server or folder; None for MLflow's own choice.
-        run_id: An earlier run to continue.
+        run_id: Identifier of an earlier run to continue; None begins a new run.
 
     Raises:
         HessianFlowError: The package mlflow (or mlflow-skinny) is not installed.
@@ -102,7 +103,7 @@ class MLflowSink:
         self._config: Mapping[str, Any] = {}
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Take the settings of the run, which become its parameters, with dotted names."""
+        """Take the settings of the run, which become parameters with dotted names."""
         self._config = config
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -128,7 +129,10 @@ class MLflowSink:
         self._client = client = self._make(self._uri)
         if self.run_id is None:
             known = client.get_experiment_by_name(self._experiment)
-            number = known.experiment_id if known else client.create_experiment(self._experiment)
+            if known is None:
+                number = client.create_experiment(self._experiment)
+            else:
+                number = known.experiment_id
             self.run_id = client.create_run(number, run_name=self._name).info.run_id
         else:
             client.set_terminated(self.run_id, "RUNNING")
@@ -139,9 +143,9 @@ class MLflowSink:
 
 
 def figures(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the numbers and the texts of a record by KIND/FIELD, without those of its place.
+    """Return the numbers and the texts of a record by KIND/FIELD, without the fields in PLACE.
 
-    Truth values become 0 and 1, and each entry of a list of numbers a figure of its own.
+    Truth values become 0 and 1, and each entry of a list of numbers becomes a separate figure.
     """
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
@@ -160,7 +164,7 @@ def figures(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested settings by dotted names."""
+    """Return the values of nested settings, by dotted names."""
     values: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

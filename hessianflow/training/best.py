@@ -1,4 +1,4 @@
-"""The figure by which the best model of a run is chosen, and by which the run may end early."""
+"""The figure that decides which model of a run is the best, and whether the run ends early."""
 
 import math
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ class Best:
     """The recorded figure that decides which epoch is the best.
 
     Attributes:
-        figure: name of a figure in the row of an epoch ("eval_loss", "train_loss"), in that of a
-            measurement made after it, or "eigenvalue", that of the reading. None: the accuracy on
-            the evaluation data or, where there is none, their loss.
-        mode: whether the highest or the lowest value is the best; where `figure` is None, "max"
-            for an accuracy and "min" for a loss, whatever this says.
-        patience: the run ends after this many epochs in a row that were not better; None: it does
-            not end early. A figure that is not finite is never better.
+        figure: name of a figure in the row of an epoch ("eval_loss", "train_loss") or in the row of
+            a measurement made after the epoch, or "eigenvalue" for the eigenvalue of the reading.
+            None: the accuracy on the evaluation data or, if there is none, their loss.
+        mode: whether the highest or the lowest value is the best. It is ignored if `figure` is
+            None: then an accuracy is the best at its highest, and a loss at its lowest value.
+        patience: the run ends after this many epochs in a row without an improvement; None: it does
+            not end early. A figure that is not finite is never an improvement.
 
     Raises:
-        HessianFlowError: a setting is not what it must be.
+        HessianFlowError: `mode` or `patience` has no valid value.
     """
 
     figure: str | None = None
@@ -50,7 +50,7 @@ class Best:
         return is_better
 
     def is_exhausted(self, counters: Counters) -> bool:
-        """Return whether the run has waited long enough for a better epoch."""
+        """Return whether the run has waited for a better epoch for as long as `patience` allows."""
         return self.patience is not None and counters.waited >= self.patience
 
     def _is_better(self, counters: Counters, figures: Mapping[str, Any]) -> bool:

@@ -174,8 +174,8 @@ def check_run(model: nn.Module, optimizer: Optimizer, batch_size: int, num_examp
     check_whole(
         model,
         "AdaptiveBatchTrainer",
-        "pass the bare model, whose gradients are shared by its ranks; or keep a loop of your own,"
-        ' which hf.monitor and hf.curvature.critical_rate(..., form="forward") measure',
+        "pass the bare model, whose gradients the trainer itself averages over ranks; or keep your"
+        ' own loop and measure with hf.monitor or hf.curvature.critical_rate(..., form="forward")',
     )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:

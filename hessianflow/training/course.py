@@ -28,7 +28,7 @@ class Counters:
         best_loss: lowest evaluation loss so far, where there is no accuracy.
         best_figure: best value so far of the figure that :class:`Best` names.
         waited: epochs since the best one.
-        ended_early: whether the run ended before its limits, for want of a better epoch.
+        ended_early: whether the run ended before its limits because no epoch was better.
         batch_cap: largest batch allowed since a divergence; None: no cap.
         cap_power: power of the batch by which the cap lowers the rate factor.
         cap_factor: largest rate factor under the cap.
@@ -61,7 +61,7 @@ class Counters:
         return Position(*_place_of(self))
 
     def move_to(self, position: Position) -> None:
-        """Count as far as `position`."""
+        """Set the counters to those of `position`."""
         for name, value in zip(Position._fields, position, strict=True):
             setattr(self, name, value)
 
@@ -91,7 +91,7 @@ class Done:
         rows: rows of readings and decisions that are not written yet.
         row: the row of the epoch.
         measurements: the number of measurements made.
-        figures: those of the reading and of the measurements.
+        figures: the figures of the reading and of the measurements.
         stepped: whether the schedule has been told that the epoch is over.
     """
 
@@ -116,7 +116,7 @@ class Course:
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come, as controllers are told."""
+        """How far the run has come, in the form that controllers receive."""
         progress = self.extent.progress(self.counters.position)
         if self.counters.ended_early:
             return replace(progress, done=1.0)
@@ -143,12 +143,12 @@ class Course:
         return not self.is_over or not self.is_settled
 
     def count(self, examples: int, *, data_ended: bool) -> None:
-        """Count one update; `data_ended` says that the data end their pass after it."""
+        """Count one update; `data_ended` says that it was the last one of a pass."""
         position = self.counters.position
         self.counters.move_to(self.extent.after(position, examples, data_ended=data_ended))
 
     def end_pass(self) -> bool:
-        """Count a pass that the data ended after the last update; return whether an epoch ended."""
+        """Count a pass that ended with the previous update; return whether an epoch ended, too."""
         before = self.counters.epoch
         self.counters.move_to(self.extent.after_pass(self.counters.position))
         return self.counters.epoch > before
@@ -174,6 +174,6 @@ class Course:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back the counters of :meth:`state_dict`."""
-        # Older checkpoints are of runs whose epochs are passes.
+        # Checkpoints without these counters come from runs whose epochs are passes.
         passes = {"passes": state.get("epoch", 0), "read": state.get("place", 0)}
         self.counters = Counters(**(passes | dict(state)))

@@ -106,14 +106,14 @@ class EpochEnd:
                 self.reporter.event("alarm", warning)
 
     def _judge(self, figures: Mapping[str, Any]) -> None:
-        """Save the model if it is the best, and end the run if there was none for too long."""
+        """Save the model if it is the best, and end the run if none was better for too long."""
         counters = self.course.counters
         best = self.settings.best
         if best.judge(counters, figures):
             self.keeper.save(BEST)
         elif best.is_exhausted(counters) and not self.course.is_over:
             counters.ended_early = True
-            message = f"no better epoch for {counters.waited} epochs: the run ends early"
+            message = f"no improvement in {counters.waited} epochs: the run ends early"
             self.reporter.event("ended early", message)
 
     def _start_next(self, done: Done) -> None:

@@ -33,7 +33,7 @@ class Evaluation:
     """The mean loss over all examples of the evaluation data, and their number.
 
     Attributes:
-        accuracy: share of hits among the targets that count (examples, or tokens); None where
+        accuracy: share of hits among the targets that count, which are examples or tokens; None if
             the outputs are not class scores.
     """
 
@@ -135,11 +135,11 @@ def _warn_of_parts(check_split: SplitCheck, outputs: Any, targets: Any) -> None:
 
 
 def count_hits(outputs: Any, targets: Any, averaged: Averaged) -> Hits | None:
-    """Return the targets whose class has the largest score, and the targets that count.
+    """Return how many targets have the largest score at their class, and how many targets count.
 
-    These are class scores [B, classes] and class indices [B], or else those of the only class loss
-    that was called, such as one for each token; without them it is None. The loss (`averaged`) says
-    which targets count.
+    Scores and targets are class scores [B, classes] and class indices [B], or else the arguments of
+    the only class loss that was called, such as one with a target for each token. Without either,
+    the result is None. The loss (`averaged`) says which targets count.
     """
     if not _are_classified(outputs, targets, averaged):
         if averaged.classified is None:
@@ -165,7 +165,7 @@ def _are_classified(outputs: Any, targets: Any, averaged: Averaged) -> bool:
         return False
     if outputs.ndim == 2:
         return True
-    # Of several targets for each example only a loss of classes tells that they are classes.
+    # If an example has several targets, only a class loss shows that they are classes.
     is_shaped = outputs.ndim > 2 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
     return is_shaped and averaged.ignore_index is not None and averaged.classified is None
 

@@ -1,6 +1,6 @@
 """From a batch to what is trained on: attacked some steps ahead, exposed at its step.
 
-The trainer's step uses :func:`expose`. A loop of one's own uses :class:`Ahead`, which is the
+The trainer's step uses :func:`expose`. A hand-written loop uses :class:`Ahead`, which is the
 trainer's queue, and :func:`exposed_loss`.
 """
 
@@ -70,13 +70,13 @@ def _attack(
         if not is_pair(entry.batch):
             raise HessianFlowError(
                 f"{type(adversary).__name__} attacks the inputs of pairs (inputs, targets), got"
-                f" {article(entry.batch)}: train without an adversary, or on pairs"
+                f" {article(entry.batch)}: train on pairs, or without an adversary"
             )
         entry.attacked = adversary.attack(model, *entry.batch, share, microbatch_size)
 
 
 class Ahead:
-    """The trainer's queue between data and step, for a training loop of one's own.
+    """The trainer's queue between data and step, for a hand-written training loop.
 
     Iterating gives one :class:`~hessianflow.interfaces.Exposure` a batch, in order; step the
     optimizer between two of them. Batches are drawn `adversary.staleness` steps ahead and attacked
@@ -197,7 +197,7 @@ class _OneEpoch:
         self._batches = batches
 
     def set_batch_size(self, batch_size: int) -> None:
-        raise NotImplementedError("batches of a loop of one's own have the size that they have")
+        raise NotImplementedError("the batches of a hand-written loop have a fixed size")
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)

@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple
 
 from hessianflow.checks import check_count
 from hessianflow.interfaces import UNKNOWN, HessianFlowError, Progress
+from hessianflow.structure import article
 
 Unit = Literal["epochs", "updates", "examples"]
 _Limit = Literal["passes", "updates", "examples"]
 
 
 def known(examples: int) -> int | None:
-    """Return a number of examples, or None where nobody knows it."""
+    """Return a number of examples, or None if it is unknown."""
     if examples == UNKNOWN:
         return None
     return examples
@@ -21,19 +22,20 @@ def known(examples: int) -> int | None:
 
 @dataclass(frozen=True)
 class Every:
-    """The length of an epoch of a run, where that is not one pass over the training data.
+    """The length of an epoch of a run, if that is not one pass over the training data.
 
-    Everything that is done after an epoch (evaluation, record, checkpoint, reading of the
-    curvature, decision, step of a schedule that counts epochs) is done after this many examples or
-    updates, and the records and controllers count these as epochs. One pass can so be divided into
-    many epochs.
+    Everything that happens after an epoch (evaluation, record, checkpoint, reading of the
+    curvature, decision, step of a schedule that counts epochs) happens after this many examples or
+    updates, and records and controllers count each such stretch as an epoch. A single pass can
+    therefore be divided into many epochs.
 
     Attributes:
         examples: examples of an epoch. The batch that reaches a multiple of it ends an epoch.
         updates: optimizer steps of an epoch.
 
     Raises:
-        HessianFlowError: not exactly one of them is given, or it is no whole number of at least 1.
+        HessianFlowError: neither or both are given, or the one given is not a whole number of at
+            least 1.
     """
 
     examples: int | None = None
@@ -42,8 +44,8 @@ class Every:
     def __post_init__(self) -> None:
         if (self.examples is None) == (self.updates is None):
             raise HessianFlowError(
-                "Every must have either examples or updates, as Every(updates=500), got"
-                f" {self.examples!r} examples and {self.updates!r} updates"
+                f"Every must have either examples or updates, got {self.examples!r} examples and"
+                f" {self.updates!r} updates: pass one, as in Every(updates=500)"
             )
         check_count("Every.examples", self.examples, none="as many as the updates take")
         check_count("Every.updates", self.updates, none="as many as the examples need")
@@ -81,17 +83,17 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Extent:
-    """When the epochs of a run end, and when the run does: at the first of its limits.
+    """The ends of the epochs of a run, and the end of the run at the first of its limits.
 
     Attributes:
-        num_examples: examples of one pass over the data; UNKNOWN: only the data know its end.
-        passes: passes over the data after which the run ends; None: another limit ends it.
+        num_examples: examples of one pass over the data; UNKNOWN if only the data know its end.
+        passes: passes over the data after which the run ends; None if another limit ends it.
         max_updates: optimizer steps after which the run ends.
-        max_examples: examples after which the run ends, with the batch that reaches them.
-        every: the length of an epoch; None: one pass over the data.
+        max_examples: examples after which the run ends; the batch that reaches them is the last.
+        every: the length of an epoch; None for one pass over the data.
 
     Raises:
-        HessianFlowError: there is no limit, or one is no whole number of at least 1.
+        HessianFlowError: there is no limit, or a limit is not a whole number of at least 1.
     """
 
     num_examples: int
@@ -106,15 +108,15 @@ class Extent:
         check_count("max_examples", self.max_examples, none="another limit")
         if self.every is not None and not isinstance(self.every, Every):
             raise HessianFlowError(
-                "every must be a hf.training.Every, as Every(updates=500), got a"
-                f" {type(self.every).__name__}"
+                f"every must be a hf.training.Every, got {article(self.every)}: pass one, as in"
+                " Every(updates=500)"
             )
         if not self._limits:
             raise HessianFlowError("a run needs an end: pass epochs, max_updates or max_examples")
 
     @cached_property
     def counts_passes(self) -> bool:
-        """Whether the run and its epochs are counted in passes over the data alone."""
+        """Whether the run and its epochs are counted only in passes over the data."""
         return self.every is None and list(self._limits) == ["passes"]
 
     @property
@@ -128,13 +130,13 @@ class Extent:
 
     @cached_property
     def examples_per_epoch(self) -> int:
-        """Examples of an epoch; UNKNOWN where updates or the end of the data decide."""
+        """Examples of an epoch; UNKNOWN if updates or the end of the data end it."""
         if self.every is None:
             return self.num_examples
         return self.every.examples or UNKNOWN
 
     def total(self, unit: Unit) -> int | None:
-        """Return the length of the whole run in a unit; None where that depends on batch sizes."""
+        """Return the length of the whole run in a unit; None if it depends on batch sizes."""
         totals = [self._converted(limit, of, unit) for of, limit in self._limits.items()]
         if None in totals:
             return None
@@ -155,7 +157,7 @@ class Extent:
         return {unit: limit for unit, limit in limits.items() if limit is not None}
 
     def _converted(self, limit: int, of: _Limit, to: Unit) -> int | None:
-        """Return a limit that is stated in one unit in another; None where that is impossible."""
+        """Convert a limit from one unit to another; return None if that is impossible."""
         if of == "passes" and to == "epochs" and self.every is None:
             return limit
         if of == "passes":
@@ -173,13 +175,13 @@ class Extent:
 
     @property
     def _updates_per_epoch(self) -> int | None:
-        """Updates of an epoch; None where that depends on batch sizes."""
+        """Updates of an epoch; None if their number depends on batch sizes."""
         if self.every is None:
             return None
         return self.every.updates
 
     def steps(self, batch_size: int) -> int:
-        """Return the updates of the whole run if the batch size stays."""
+        """Return the number of updates of the whole run at a constant batch size."""
         limits = [self.max_updates]
         if self.max_examples is not None:
             limits.append(-(-self.max_examples // batch_size))
@@ -188,7 +190,7 @@ class Extent:
         return min(limit for limit in limits if limit is not None)
 
     def after(self, position: Position, examples: int, *, data_ended: bool = False) -> Position:
-        """Return the position after one more update; `data_ended`: the last one of a pass."""
+        """Return the position after one more update; `data_ended` says that it ended a pass."""
         now = Position(
             position.epoch,
             position.examples + examples,
@@ -200,13 +202,13 @@ class Extent:
         )
         if data_ended or now.read >= self.num_examples:
             now = now.next_pass()
-        # The last epoch of a run is shorter where the run ends within it.
+        # If the run ends within an epoch, that epoch is shorter and counts as well.
         if self._ends_epoch(now) or self.is_over(now):
             now = now.next_epoch()
         return now
 
     def after_pass(self, position: Position) -> Position:
-        """Return the position after the data have ended a pass with the update before."""
+        """Return the position after a pass that turned out to have ended with the last update."""
         now = position.next_pass()
         if self.every is None or (self.is_over(now) and now.place > 0):
             now = now.next_epoch()
@@ -218,7 +220,7 @@ class Extent:
             return now.read == 0
         if self.every.updates is not None:
             return now.steps >= self.every.updates
-        # Multiples do not drift, though a batch may reach beyond one.
+        # Epochs end at multiples, so that batches that reach beyond one do not add up to a drift.
         return now.examples // self.examples_per_epoch > now.epoch
 
     def is_over(self, position: Position) -> bool:
@@ -230,7 +232,7 @@ class Extent:
         return self.max_examples is not None and position.examples >= self.max_examples
 
     def progress(self, position: Position) -> Progress:
-        """Return the position as controllers are told."""
+        """Return the position in the form that controllers receive."""
         passed: float | None = None
         if self.examples_per_epoch == UNKNOWN:
             passed = float(position.epoch)
@@ -250,7 +252,7 @@ class Extent:
         )
 
     def _fraction(self, position: Position) -> float:
-        """Return the share of the run that is over, by the limit that is nearest."""
+        """Return the share of the run that is over, by the limit that is nearest to its end."""
         reached: dict[_Limit, float] = {
             "passes": position.passes + position.read / self.num_examples,
             "updates": position.updates,

@@ -109,7 +109,8 @@ class LearningRate:
     def advance(self, examples: int) -> None:
         """Let a scheduler that counts updates or reference batches take its steps.
 
-        `examples` are those of the update that has been made.
+        Args:
+            examples: the number of examples in the update that has just been made.
         """
         if self.unit == "update":
             self.step()

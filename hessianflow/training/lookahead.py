@@ -35,7 +35,8 @@ class Planned:
         batch: (inputs, targets), on the device, transformed.
         examples: the number drawn from the data; a transform may change the number of rows.
         attacked: waits for the adversarial inputs; None: no attack was started.
-        data_ended: whether the data ended their pass after it, short of their number of examples.
+        data_ended: whether the pass over the data ended after this batch, before their stated
+            number of examples.
     """
 
     batch: Batch
@@ -52,11 +53,11 @@ Now = Callable[[], tuple[Position, Decision]]
 class Lookahead:
     """The queue between data and step, in which a batch waits `depth` steps.
 
-    Batches are drawn to the end of the run, which `extent` tells. Where an epoch is a pass over the
-    data, it also ends with the last batch that they give, if that is earlier than their number of
-    examples says. A batch stays in the queue until it is :meth:`trained`, so that an error does not
-    lose it. `load` puts a drawn batch on the device and transforms it, given the progress at its
-    step; the stopwatch counts the time of drawing.
+    Batches are drawn until the end of the run, which `extent` determines. If an epoch is a pass
+    over the data, it also ends with the last batch that the data give, should that come before
+    their stated number of examples. A batch stays in the queue until it is :meth:`trained`, so that
+    an error does not lose it. `load` puts a drawn batch on the device and transforms it, given the
+    progress at its step. The stopwatch counts the time of drawing.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Lookahead:
         """Yield (batch to train on, batch drawn for `depth` steps later), to the end of the run.
 
         The second is the first itself without look-ahead, and None when all batches of the run are
-        drawn. A yield of None means that the data ended a pass with the batch trained last.
+        drawn. Yielding None means that the batch trained last ended a pass over the data.
         """
         while True:
             while len(self._queue) <= self.depth:
@@ -125,7 +126,7 @@ class Lookahead:
         self._queue.popleft()
 
     def _draw(self, position: Position, decision: Decision) -> bool:
-        """Queue the next batch; return False if the data ended a pass after the last step."""
+        """Queue the next batch; return False if the last step turns out to have ended a pass."""
         before = self._place.find()
         batch = self._next_batch()
         if batch is None and position.read > 0:
@@ -137,8 +138,8 @@ class Lookahead:
             batch = self._next_batch()
         if batch is None:
             raise HessianFlowError(
-                f"train_data gave no batch in epoch {position.epoch + 1}: there is nothing to train"
-                " on"
+                f"train_data gave no batch in epoch {position.epoch + 1}: pass data with at least"
+                " one example, or a new iterator for each pass"
             )
         try:
             loaded = self._load(batch, self._extent.progress(position))

@@ -84,7 +84,7 @@ class TrainingLoop:
             return
         batch: Batch | None = None
         for planned in self.ahead.plan(self._now):
-            if planned is None:  # The data ended a pass with the previous batch.
+            if planned is None:  # The previous batch ended a pass over the data.
                 if not self.course.end_pass():
                     continue
                 wishes = Wishes()
@@ -170,7 +170,7 @@ class TrainingLoop:
         return Wishes(self.stop_requested, self.keeper.saver.time_is_up, self.reporter.bar.is_due)
 
     def _now(self) -> tuple[Position, Decision]:
-        """Return what decides the next draw: how far the run has come, and the decision."""
+        """Return how far the run has come and the decision in force, for the next draw."""
         return self.course.counters.position, self.steering.decision
 
     def _tell(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of the user's own, measured after every epoch."""
+"""The user's own metrics, measured after every epoch."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,29 +13,29 @@ from hessianflow.measuring import measuring
 from hessianflow.structure import TARGET_NAMES, article, entries, entry_names
 
 Metric = Any
-"""An object with `update(outputs, targets)`, `compute()` and `reset()`, as those of torchmetrics
-are; or a function (outputs, targets) -> number, whose mean over examples is taken."""
+"""An object with `update(outputs, targets)`, `compute()` and `reset()`, like those of torchmetrics,
+or a function (outputs, targets) -> number, which is averaged over examples."""
 
 
 class Metrics:
-    """Metrics of the model on held-out data, in evaluation mode, as one record after every epoch.
+    """Metrics of the model on held-out data in evaluation mode, recorded after every epoch.
 
-    Pass it in `AfterEpoch(measurements=[...])`. The model is left unchanged. On several ranks each
+    Pass it in `AfterEpoch(measurements=[...])`. The model is left unchanged. Each of several ranks
     measures all data.
 
     Args:
         model: the model, wrapped or not.
         data: one batch or a re-iterable of batches.
-        loss_fn: the loss, as in training: it says how the model is run.
-        metrics: by name. A metric must be on the device of the model.
-        select: returns (outputs, targets) for a metric, from the model's outputs and the batch.
-            None: the targets of a pair, or the entry 'labels' (or 'label', 'targets', 'target',
-            'y') of a batch with names.
+        loss_fn: the loss, as in training; its form decides how the model is run.
+        metrics: the metrics by name. A metric object must be on the device of the model.
+        select: function of the model's outputs and the batch that returns (outputs, targets) for a
+            metric. None takes the targets of a pair, or the entry 'labels' (or 'label', 'targets',
+            'target', 'y') of a batch with names.
         kind: the kind of the records.
 
     Raises:
-        HessianFlowError: a metric is neither such an object nor a function; at a call: a loss that
-            runs the model returns no outputs, or a batch has no targets.
+        HessianFlowError: a metric is neither such an object nor a function. When it is called: a
+            loss that runs the model returns no outputs, or a batch has no targets.
 
     Example:
         >>> batch = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
@@ -90,7 +90,7 @@ class Metrics:
                     else:
                         sums[name] += metric(outputs, targets) * count
         if examples == 0:
-            raise HessianFlowError("the data of the metrics hold no example: pass other data")
+            raise HessianFlowError("the data of the metrics are empty: pass at least one example")
         figures: dict[str, float] = {}
         for name, metric in self._metrics.items():
             value = sums[name] / examples
@@ -100,7 +100,7 @@ class Metrics:
         return figures, ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return no state: each call measures anew."""
+        """Return an empty state, because every call measures anew."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -114,8 +114,8 @@ def _is_object(metric: Any) -> bool:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise HessianFlowError(
-            f"metrics[{name!r}] must give one number, got a tensor of shape {list(value.shape)}:"
-            " average over classes"
+            f"metrics[{name!r}] must return one number, got a tensor of shape"
+            f" {list(value.shape)}: average over classes"
         )
     return float(value)  # The host waits for the device, once an epoch.
 

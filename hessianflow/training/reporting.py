@@ -25,7 +25,7 @@ class Reporting:
     Attributes:
         sinks: receivers of every record.
         config: settings to write to config.json besides the trainer's own.
-        show_progress: whether a progress bar is shown; None: on a terminal or in a
+        show_progress: whether a progress bar is shown; None shows one on a terminal or in a
             notebook.
     """
 
@@ -44,17 +44,17 @@ class Reporting:
 
 
 class ProgressBar:
-    """Shows the share of the run that is over, the time it will take, and the latest figures.
+    """Shows the share of the run that is over, the time that is left, and the latest figures.
 
-    With `show` True it always does, with False never, and with None on a terminal or in a
-    notebook.
+    It appears always if `show` is True, never if it is False, and on a terminal or in a notebook if
+    it is None.
     """
 
     def __init__(self, progress: Progress, show: bool | None) -> None:
         disable: bool | None = None  # tqdm then asks the terminal.
         if show is not None:
             disable = not show
-        elif in_notebook():  # which is no terminal
+        elif in_notebook():  # a notebook is not a terminal
             disable = False
         self._bar: tqdm[Any] = tqdm(
             total=1.0,
@@ -71,7 +71,7 @@ class ProgressBar:
         return time.monotonic() >= self._next
 
     def move_to(self, progress: Progress) -> None:
-        """Move to where the run is, which may be before where it was."""
+        """Move to the place of the run, which may lie before the last one after a rollback."""
         self._bar.update(progress.fraction - self._bar.n)
 
     def show(self, progress: Progress, figures: Mapping[str, float | int | None]) -> None:
@@ -92,7 +92,7 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=True)
 
     def close(self) -> None:
-        """Leave the bar as it is shown."""
+        """Close the bar and leave it as it is shown."""
         self._bar.close()
 
 

@@ -74,12 +74,12 @@ class Run:
 
     @property
     def epochs(self) -> int | None:
-        """Passes over the training data; None: the run ends after updates or examples."""
+        """Passes over the training data; None if the run ends after updates or examples."""
         return self._loop.course.extent.passes
 
     @property
     def counts_passes(self) -> bool:
-        """Whether the run and its epochs are counted in passes over the training data alone."""
+        """Whether the run and its epochs are counted only in passes over the training data."""
         return self._loop.course.extent.counts_passes
 
     @property

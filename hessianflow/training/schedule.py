@@ -25,9 +25,9 @@ ScheduleUnit = Literal["epoch", "reference_batch", "update"]
 _LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
 """Names that schedulers of torch and timm give to the number of steps they are built for."""
 _EACH: Mapping[ScheduleUnit, str] = {
-    "epoch": "once an epoch",
-    "reference_batch": "once a reference batch of examples",
-    "update": "once an update",
+    "epoch": "once per epoch",
+    "reference_batch": "once per reference batch of examples",
+    "update": "once per update",
 }
 
 
@@ -43,8 +43,8 @@ class Schedule:
         unit: "epoch": the scheduler takes one step per epoch. "reference_batch": it takes one step
             per reference batch of examples, int(epochs * num_examples / reference_batch_size) in
             all, so that a schedule counted in steps keeps its meaning when the batch grows.
-            "update": it takes one step per optimizer step, as in a loop of one's own; where the
-            batch grows, a run over so many examples has fewer of these.
+            "update": it takes one step per optimizer step, as in a hand-written loop; if the batch
+            grows, it takes fewer steps over the same examples.
         reference_batch_size: the batch size at which the learning rate is stated; None: the batch
             size at the start of the run.
     """
@@ -157,7 +157,7 @@ def length(scheduler: object) -> int | None:
 
 
 def steps_of_run(unit: ScheduleUnit, extent: Extent, reference_batch_size: int) -> int | None:
-    """Return the steps that a scheduler takes in a run; None where batches to come decide."""
+    """Return the steps that a scheduler takes in a run; None if later batch sizes decide."""
     if unit == "epoch":
         return extent.total("epochs")
     if unit == "update":
@@ -171,11 +171,11 @@ def steps_of_run(unit: ScheduleUnit, extent: Extent, reference_batch_size: int) 
 def misfit(
     scheduler: LRScheduler | None, unit: ScheduleUnit, extent: Extent, reference_batch_size: int
 ) -> str:
-    """Return a warning about a schedule whose end the run does not reach; "" where it does.
+    """Return a warning about a schedule whose end the run does not reach; "" if it does.
 
     Raises:
-        HessianFlowError: the schedule was built for one step a batch and would take one an epoch,
-            or it would raise an error before the run ends.
+        HessianFlowError: the schedule was built for one step per batch but would take one per
+            epoch, or it would raise an error before the run ends.
     """
     planned = length(scheduler)
     steps = steps_of_run(unit, extent, reference_batch_size)
@@ -195,9 +195,9 @@ def misfit(
         most = steps * math.ceil(per_epoch)
         if steps < fewest <= planned <= most:
             raise HessianFlowError(
-                f"{name} is built for {planned} steps, one a batch, and would take {steps}, one an"
-                f' epoch: pass unit="reference_batch" and build it for {within} steps, or build it'
-                f" for {steps}"
+                f"{name} is built for {planned} steps, one per batch, but would take {steps}, one"
+                f' per epoch: pass unit="reference_batch" and build it for {within} steps, or build'
+                f" it for {steps}"
             )
     if planned <= steps:
         return ""

@@ -83,7 +83,7 @@ class TrainingStep:
             )
 
     def load(self, batch: Any, progress: Progress) -> Any:
-        """Return a batch on the device and transformed; `progress` is that at its step."""
+        """Return a batch, moved to the device and transformed; `progress` is that at its step."""
         with self.stopwatch.section("training"):
             loaded = to_device(batch, self.device, non_blocking=True)
             if self.accumulate.loss.takes_pair(loaded):
@@ -94,7 +94,7 @@ class TrainingStep:
             if not is_pair(loaded):
                 raise HessianFlowError(
                     f"the transform takes (inputs, targets), got {article(loaded)}: transform such"
-                    " batches in the data set or in collate_fn"
+                    " batches in the data set or in collate_fn instead"
                 )
             inputs, targets = loaded
             made = transform(inputs, targets, progress)

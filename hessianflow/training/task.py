@@ -146,8 +146,8 @@ class AfterEpoch:
         after_evaluation: called afterwards, even after an error, to restore the weights.
         measurements: made and recorded, such as
             :class:`~hessianflow.adversarial.RobustnessWatch`.
-        best: the figure that decides which model is kept as the best, and for how many epochs
-            without a better one the run goes on.
+        best: the figure that decides which model is kept as the best, and the number of epochs
+            without an improvement after which the run ends.
     """
 
     curvature: bool = True
@@ -164,7 +164,8 @@ class AfterEpoch:
             )
         if not isinstance(self.best, Best):
             raise HessianFlowError(
-                f'AfterEpoch.best must be a Best, as Best("eval_loss", "min"), got {self.best!r}'
+                f"AfterEpoch.best must be a hf.training.Best, got {self.best!r}: pass one, as in"
+                ' Best("eval_loss", "min")'
             )
         before = self.before_evaluation
         check_functions(before_evaluation=before, after_evaluation=self.after_evaluation)

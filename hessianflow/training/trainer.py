@@ -60,16 +60,17 @@ class AdaptiveBatchTrainer(Run):
             graph where its `is_second_order` is true. One with `train()` and `eval()` (the
             schedule-free ones) is switched to the mode of training or evaluation.
         loss_fn: loss_fn(outputs, targets), a mean over examples (or a sum or a vector: see
-            `LossFn`). Batches that are one mapping are given whole, as loss_fn(model, batch);
+            `LossFn`). For batches that are one mapping, it is called as loss_fn(model, batch);
             :class:`hessianflow.ModelLoss` is the loss that the model computes itself.
-        epochs: passes over the training data. The run ends at the first of its limits, of which
-            one must be given.
-        max_updates: optimizer steps to train for at most.
-        max_examples: examples to train on at most; the batch that reaches them is the last one. For
-            sequences of one length these are the tokens over that length.
-        every: how often that is done which is else done after every pass: evaluation, record,
-            checkpoint, reading, decision. Records and controllers count these stretches as epochs.
-            `Every(updates=500)` suits data that are passed once, or whose length nobody knows.
+        epochs: passes over the training data. At least one limit (`epochs`, `max_updates` or
+            `max_examples`) must be given, and the run ends at the first that it reaches.
+        max_updates: largest number of optimizer steps.
+        max_examples: largest number of training examples; the batch that reaches it is the last
+            one. For sequences of equal length, it is the number of tokens divided by that length.
+        every: length of an epoch, if that is not a pass over the data: evaluation, record,
+            checkpoint, reading and decision follow each such stretch, and records and controllers
+            count it as an epoch. `Every(updates=500)` suits a run of a single pass, or data of
+            unknown length.
         controller: decides the batch size; None keeps that of `train_data`.
         adversary: perturbs its share of each batch, or trains on adversarial twins of it
             (:class:`~hessianflow.adversarial.ConcurrentAdversary`); the controller's
@@ -134,7 +135,7 @@ class AdaptiveBatchTrainer(Run):
             as_group("after_epoch", after_epoch, AfterEpoch),
             as_group("reporting", reporting, Reporting),
         )
-        examples = getattr(train_data, "num_examples", UNKNOWN)  # Task refuses what is no data.
+        examples = getattr(train_data, "num_examples", UNKNOWN)  # Task refuses objects without it.
         extent = Extent(examples, epochs, max_updates, max_examples, every)
         task = Task(model, train_data, eval_data, optimizer, loss_fn, extent)
         methods = Methods(controller, adversary, probe, observers, transform)

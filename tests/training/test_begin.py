@@ -434,7 +434,7 @@ def test_data_without_a_batch_are_refused():
             return iter(())
 
     with pytest.raises(
-        HessianFlowError, match="train_data gave no batch in epoch 1: there is nothing to train on"
+        HessianFlowError, match="train_data gave no batch in epoch 1: pass data with at least"
     ):
         trainer(network(), Empty()).fit()
 

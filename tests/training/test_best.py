@@ -74,7 +74,7 @@ def test_patience(values: list[float], epochs: int) -> None:
     ended = [row["message"] for row in history.of_kind("event") if row["event"] == "ended early"]
     expected = []
     if epochs < 6:
-        expected = ["no better epoch for 2 epochs: the run ends early"]
+        expected = ["no improvement in 2 epochs: the run ends early"]
     assert ended == expected
     with pytest.raises(HessianFlowError, match="this run is over"):
         made.fit()
@@ -118,7 +118,7 @@ def test_the_eigenvalue_may_decide() -> None:
     [
         (lambda: Best(mode="most"), "Best.mode must be one of max, min, got 'most'"),  # type: ignore[arg-type]
         (lambda: Best(patience=0), "Best.patience must be a whole number >= 1"),
-        (lambda: AfterEpoch(best="loss"), "AfterEpoch.best must be a Best"),  # type: ignore[arg-type]
+        (lambda: AfterEpoch(best="loss"), "AfterEpoch.best must be a hf.training.Best"),  # type: ignore[arg-type]
         (
             lambda: trainer(range(6), Best("eval_loss")).fit(),
             "Best.figure 'eval_loss' is not recorded after an epoch of this run: choose one of",

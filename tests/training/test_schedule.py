@@ -80,7 +80,7 @@ PER_STEP = {
 @pytest.mark.parametrize("name", PER_STEP)
 @pytest.mark.parametrize("steps", [EPOCHS * PER_EPOCH, EPOCHS * (N // BATCH)])
 def test_a_schedule_built_per_step_and_stepped_per_epoch_is_refused(name: str, steps: int):
-    message = f"is built for {steps} steps, one a batch, and would take 6, one an epoch: pass unit="
+    message = f"is built for {steps} steps, one per batch, but would take 6, one per epoch"
     with pytest.raises(HessianFlowError, match=message):
         trainer(lambda optimizer: PER_STEP[name](optimizer, steps))
 
@@ -111,7 +111,7 @@ def test_an_end_that_is_not_reached_is_said_and_logged_once(caplog: pytest.LogCa
         (message,) = notices(made)
     assert (
         message
-        == "OneCycleLR is built for 42 steps and this run takes 37, one a reference batch of"
+        == "OneCycleLR is built for 42 steps and this run takes 37, one per reference batch of"
         " examples: its end is not reached; 37 would fit"
     )
     assert [record.message for record in caplog.records] == [message]
@@ -119,7 +119,7 @@ def test_an_end_that_is_not_reached_is_said_and_logged_once(caplog: pytest.LogCa
 
 def test_half_a_cosine_by_epochs_is_said():
     made, _ = trainer(lambda o: schedulers.CosineAnnealingLR(o, 2 * EPOCHS))
-    assert "built for 12 steps and this run takes 6, one an epoch" in notices(made)[0]
+    assert "built for 12 steps and this run takes 6, one per epoch" in notices(made)[0]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_schedulers_that_cannot_be_stepped_are_refused():
 
     with pytest.raises(
         HessianFlowError,
-        match=r"Wants.step needs metric, which the trainer cannot pass once an epoch",
+        match=r"Wants.step needs metric, which the trainer cannot pass once per epoch",
     ):
         trainer(lambda o: Wants(o, 6))
     with pytest.raises(
