@@ -61,11 +61,11 @@ def monitor(
     Call it now and then, between two steps. It needs no controller and no trainer, and leaves
     model, optimizer, gradients and random generators as they were.
 
-    In DistributedDataParallel every process measures for itself and waits for no other: one may
-    call alone, and with its own share of the batch its figures are of that share. Where
-    `fully_shard` (FSDP2) shards the model, all ranks call together, each with its share or all with
-    the same batch, and get the figures of all examples but those that take second derivatives: a
-    warning names them, and they are nan.
+    In DistributedDataParallel, every process measures for itself and waits for no other. One may
+    call alone, and with its own share of the batch its figures describe that share. If
+    `fully_shard` (FSDP2) shards the model, all ranks must call together, either with the same batch
+    or each with its share. Their figures then describe all examples. Figures that need second
+    derivatives are nan, and a warning says so.
 
     Args:
         model: the model; wrappers are removed.
@@ -118,8 +118,8 @@ def monitor(
     is_sharded = isinstance(operator, ShardedLoss)
     if is_sharded:
         warnings.warn(
-            "hf.monitor leaves out what takes second derivatives, such as the critical batch: the"
-            " model is sharded by fully_shard (DTensor)",
+            "hf.monitor leaves out figures that need second derivatives, such as the critical"
+            " batch: the model is sharded by fully_shard (DTensor)",
             stacklevel=2,
         )
     if not set(operator.parameters) & set(geometry.parameters):
@@ -137,7 +137,7 @@ def monitor(
             _sharpness(figures, operator, geometry, int(min(left / (KEPT * price), 100.0)))
         operator.release()
         fits = float(began + seconds - time.perf_counter() >= NOISE * price)
-        # One rank that has the time is enough: all must join in.
+        # All ranks must measure together, so one rank that has the time left is enough.
         if operator.over_ranks(torch.tensor(fits)) > 0:
             _noise(figures, geometry, operator, (model, loss_fn, batch), options)
     except NonFiniteError:

@@ -146,18 +146,19 @@ def _model(
 
 
 def _check_kind(config: RunConfig) -> None:
-    """Refuse a model of ours for images where the data are text, and the other way round."""
+    """Refuse one of our image models for text, and one of our decoders for images."""
     is_text = data_set(config.data).is_text
     if is_external(config.model) or is_text == (config.model in DECODERS):
         return
     known = ", ".join(DECODERS)
     if is_text:
         raise HessianFlowError(
-            f"--model {config.model} takes images, and {config.data} is text: use one of {known}"
+            f"--model {config.model} takes images, but --data {config.data} is text: use one of"
+            f" {known}"
         )
     raise HessianFlowError(
-        f"--model {config.model} takes text, and {config.data} is of images: use --data text or"
-        " python"
+        f"--model {config.model} takes text, but --data {config.data} has images: use --data text"
+        " or python"
     )
 
 
@@ -221,8 +222,8 @@ def _read(config: RunConfig, part: Literal["train", "test"]) -> ImageSet | Image
     kind = data_set(config.data)
     if config.data_dir is None and kind.is_text and kind.needs_files:
         raise HessianFlowError(
-            f"--data {config.data} needs --data-dir: a folder of text, a pattern or a file (--data"
-            " python needs none)"
+            f"--data {config.data} needs --data-dir: name a folder of text, a pattern or a file, or"
+            " use --data python, which needs none"
         )
     if config.data_dir is None and kind.needs_files:
         raise HessianFlowError(

@@ -33,7 +33,7 @@ BY_ENTRY = {
     "torch.optim.adamw.AdamW",
     "torch.optim.rmsprop.RMSprop",
 }
-"""Classes whose step of one entry depends on no other, so that shards can be stepped."""
+"""Classes whose step of one entry depends on no other entry, so that shards can be stepped."""
 
 BY_TENSOR = BY_ENTRY | {"hessianflow.optim.lars.LARS"}
 """Classes whose step of one tensor depends on no other; subclasses may differ, and step whole."""
@@ -47,13 +47,13 @@ def displacement(optimizer: Optimizer, parameters: Sequence[Tensor], gradient: T
 
     Args:
         optimizer: any optimizer that steps without a closure.
-        parameters: the parameters, in the order of the gradient. Of DTensors the shards of this
-            rank are stepped.
+        parameters: the parameters, in the order of the gradient. Of DTensors, this rank's shards
+            are stepped.
         gradient: the gradient to step with, shape [size]; it is not changed.
 
     Raises:
-        HessianFlowError: the optimizer needs a closure, cannot be copied or step shards, or its
-            step fails.
+        HessianFlowError: the optimizer needs a closure, cannot be copied, cannot step shards, or
+            its step fails.
     """
     base, _ = stepped_base(optimizer)
     _check_step(base)
@@ -64,8 +64,8 @@ def displacement(optimizer: Optimizer, parameters: Sequence[Tensor], gradient: T
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     if kind not in BY_ENTRY and any(map(is_shard, own)):
         raise HessianFlowError(
-            f"{type(base).__name__} cannot step a shard of a DTensor (FSDP) by itself; along the"
-            ' updates of torch\'s SGD, Adam, AdamW and RMSprop form="forward" measures shards'
+            f"{type(base).__name__} cannot step a shard of a DTensor (FSDP) by itself: use SGD,"
+            ' Adam, AdamW or RMSprop of torch, whose updates form="forward" measures on shards'
         )
     if kind in BY_TENSOR:
         blocks = [[parameter] for parameter in own if parameter in gradients]

@@ -114,7 +114,7 @@ class FisherOperator(PairOperator):
     def _example_losses(self, outputs: Any, targets: Any) -> list[Averaged]:
         """Return the loss of each example, with its graph.
 
-        A loss that runs the model is given the model and the batch, and runs each example alone.
+        A loss that runs the model gets the model and a batch of one example at a time.
         """
         if not isinstance(outputs, nn.Module):
             total = len(outputs)
@@ -123,7 +123,7 @@ class FisherOperator(PairOperator):
             return [self._loss.mean(*pair) for pair in pairs]
         if uses_batch_statistics(outputs, self.norm_mode):
             raise HessianFlowError(
-                "FisherOperator runs each example alone for a loss that runs the model, and a layer"
+                "FisherOperator runs each example alone if the loss runs the model, but a layer"
                 ' normalises by the batch: use norm_mode="eval", or pairs (inputs, targets)'
             )
         total = num_examples(targets)

@@ -25,14 +25,14 @@ from hessianflow.structure import article
 
 
 class PairOperator(ModelOperator):
-    """A matrix that needs loss and network apart, and so outputs of one tensor."""
+    """A matrix that needs the loss and the network separately, and outputs of a single tensor."""
 
     def _run(self, model: nn.Module, batch: Any) -> Forwarded:
         if self._loss.mean.is_known and not is_pair(batch):
             raise self._without_outputs(batch)
         if self._loss.takes_pair(batch):
             made = model(batch[0])
-            # A loss may not take what is no tensor, so that is refused before it is called.
+            # Checked first, because a loss may fail on outputs that are not a tensor.
             self._check_outputs(logits_of(made))
             return self._loss.of_outputs(made, batch[1])
         forwarded = self._loss(model, batch)
@@ -44,8 +44,8 @@ class PairOperator(ModelOperator):
     def _without_outputs(self, batch: Any) -> HessianFlowError:
         return HessianFlowError(
             f"{type(self).__name__} needs pairs (inputs, targets), got {article(batch)} whose loss"
-            " returns no outputs; let the loss return an object with loss and logits, as models of"
-            " transformers do, or name them: hf.ModelLoss(function, outputs=...)"
+            " returns no outputs: let the loss return an object with loss and logits, as models of"
+            " transformers do, or select the outputs with hf.ModelLoss(function, outputs=...)"
         )
 
     def _check_outputs(self, outputs: Any) -> None:
@@ -60,8 +60,8 @@ class GGNOperator(PairOperator):
     """The generalized Gauss-Newton matrix of the mean loss.
 
     Arguments and attributes: see :class:`~hessianflow.curvature.model_operator.ModelOperator`. The
-    outputs are one tensor that the loss depends on: what the model returns for the inputs of a
-    pair, its `logits`, or what a loss that runs the model returns beside the loss.
+    outputs must be a single tensor that the loss depends on. For a pair, they are the result of the
+    model or its `logits`; a loss that runs the model returns them beside the loss.
     """
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:

@@ -36,11 +36,14 @@ class HessianOperator(ModelOperator):
     """
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return sums over the weights, of which this process holds all."""
+        """Return sums over all weights; this process holds all weights."""
         return numbers
 
     def paired(self, batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
-        """Return the batches, after a check that other ranks that must join in hold as many."""
+        """Return the batches, after checking that all ranks that measure together hold as many.
+
+        This process measures alone, so there is nothing to check.
+        """
         return batches
 
     def _prepare(self, model: nn.Module, batch: Any) -> Piece:

@@ -19,8 +19,8 @@ from hessianflow.sharding import is_shard, sharded_by
 
 _WAY_OUT = "measure an unsharded copy: load the full state dict into a plain model"
 _FORWARD = (
-    'take form="forward" of critical_rate or form="simple" of noise_scale where fully_shard shards'
-    f" the whole model, or {_WAY_OUT}"
+    'if fully_shard shards the whole model, use form="forward" of critical_rate or form="simple" of'
+    f" noise_scale; otherwise {_WAY_OUT}"
 )
 
 
@@ -47,7 +47,7 @@ def check_measurable(model: nn.Module, takes_shards: bool = False) -> None:
 
     Args:
         model: the model.
-        takes_shards: whether those of `fully_shard` are fine.
+        takes_shards: whether shards made by `fully_shard` are accepted.
     """
     check_differentiable(model)
     for name, module in model.named_modules():

@@ -49,8 +49,8 @@ class ModelOperator(Operator):
         model: any module; DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         loss_fn: loss_fn(outputs, targets). Losses of any reduction (mean, sum, (sum, count), one
             for each example) are averaged over the targets that count; a sum must say so by a
-            `reduction` attribute. For a dict batch, and as hf.ModelLoss, it is called as
-            loss_fn(model, batch); hf.ModelLoss() is the model's own loss.
+            `reduction` attribute. For a dict batch, and always if it is an hf.ModelLoss, it is
+            called as loss_fn(model, batch); hf.ModelLoss() is the model's own loss.
         data: one pair (inputs, targets), one mapping or dataclass, or a re-iterable of them (a
             list, a DataLoader without random augmentation), told apart as by `batches.as_batches`.
             For a pair the model is called as model(inputs).
@@ -133,7 +133,7 @@ class ModelOperator(Operator):
         return twin
 
     def __repr__(self) -> str:
-        """Return one line that says of what and how large the matrix is."""
+        """Return one line with the model, the size of the matrix and where it is computed."""
         return (
             f"{type(self).__name__}({type(self._model).__name__}: {self.size:,} weights,"
             f" norm_mode={self.norm_mode!r}, {self.dtype} on {self.device})"

@@ -25,7 +25,7 @@ CHANGED = (
 )
 
 Form = Literal["product", "simple"]
-"""Whether products are taken."""
+"""Whether products with the Hessian are taken."""
 
 
 class TooFewPartsError(HessianFlowError):
@@ -38,7 +38,7 @@ class Ring:
     Args:
         whole: operator on all data, whose checks the operators of the parts share.
         parts: returns the batches; called twice.
-        update: what is done to a flat gradient.
+        update: function that makes an update of a flat gradient.
         form: see noise_scale.
 
     Attributes:

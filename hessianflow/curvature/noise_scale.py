@@ -62,7 +62,7 @@ class NoiseScaleResult:
     """The noise scale of a model's loss over some data.
 
     Attributes:
-        with_curvature: tr(H C) / (U.HU), with U the mean update; of nan in the form "simple".
+        with_curvature: tr(H C) / (U.HU), with U the mean update; nan in the form "simple".
         simple: tr(C) / |U|^2 from the same gradients.
         num_examples: examples measured.
         num_parts: independent gradients among them.
@@ -120,10 +120,10 @@ def noise_scale(
         microbatch_size: examples per pass; None: a part in one pass.
         norm_mode: batch-normalisation statistics.
         form: "product", or "simple" for tr(C) / |U|^2 alone, which takes two gradients of all data
-            and no second derivative. It works where `fully_shard` (FSDP2) shards the model, too:
-            all ranks call together, each with its share of the data, as many parts as the others'
-            (a part is then one of every rank), or all with the same data. `update` is then that of
-            a rank's shards.
+            and no second derivative. "simple" also works if `fully_shard` (FSDP2) shards the model.
+            All ranks then call together, either with the same data or each with its share, cut into
+            the same number of parts (the ranks' parts of one number make one part). `update` is
+            then the update of a rank's shards.
 
     Raises:
         HessianFlowError: there are fewer than 4 parts with targets that count; the data change from

@@ -115,9 +115,10 @@ def single_batch(batches: Iterable[Any]) -> Any | None:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches; raise HessianFlowError for none, or one that is no pair and has no names.
+    """Yield the batches, each of which must be a pair, a mapping, a dataclass or a named tuple.
 
-    Names are those of a mapping, a dataclass or a named tuple.
+    Raises:
+        HessianFlowError: there is no batch, or a batch is neither a pair nor has names.
     """
     empty = True
     for batch in batches:

@@ -1,12 +1,13 @@
 """The mean loss of a model that FSDP2 (`fully_shard`) shards over ranks, and its gradient.
 
-A second derivative would have to pass through the gathering of shards, which has none. What needs
-only forward passes and gradients works: vectors then hold the entries of this rank's shards, and
-sums over all weights are sums over ranks. All ranks must measure together.
+A second derivative would have to pass through the gathering of shards, which has none. Measurements
+that need only forward passes and gradients work: vectors then hold the entries of this rank's
+shards, and sums over all weights are sums over ranks. All ranks must measure together.
 
-The loss is the mean over the examples of all ranks. Each rank passes its own share, or all pass the
-same batch: equal batches are told by their content, and count once. FSDP averages gradients over
-ranks, so each rank's loss is weighted by its share of the weight of all, times their number.
+The loss is the mean over the examples of all ranks. Either each rank passes its own share, or all
+pass the same batch: equal batches are recognised by their content and count once. FSDP averages
+gradients over ranks, so each rank's loss is weighted by its share of the total weight, times the
+number of ranks.
 """
 
 import math
@@ -34,7 +35,7 @@ from hessianflow.sharding import is_shard, own_part, sharded_by
 def by_first_derivatives(
     model: nn.Module, loss_fn: LossFn, data: Any, **options: Any
 ) -> HessianOperator:
-    """Return the operator of a loss of which no product is asked, so the model may be sharded."""
+    """Return an operator from which no product will be asked, so that the model may be sharded."""
     make = HessianOperator
     if sharded_by(unwrap(model)) == "fully_shard":
         make = ShardedLoss
@@ -44,11 +45,11 @@ def by_first_derivatives(
 class ShardedLoss(HessianOperator):
     """The part of a HessianOperator that takes no second derivative, for a model in shards.
 
-    See the module. `size` is that of this rank's shards.
+    See the module's description. `size` is the number of weights in this rank's shards.
 
     Raises:
-        HessianFlowError: weights are in no shards, or in those of a mesh of several dimensions. At
-            a measurement: the ranks pass different numbers of batches or microbatches.
+        HessianFlowError: weights are not in shards, or in shards over a mesh of several dimensions.
+            When measuring: the ranks pass different numbers of batches or microbatches.
     """
 
     takes_shards = True
@@ -68,19 +69,22 @@ class ShardedLoss(HessianOperator):
         return int(_distinct(self._gathered([super().num_examples, mark])))
 
     def over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return the sum over ranks, the same bits on all of them."""
+        """Return the sum over ranks, with the same bits on all of them."""
         parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, numbers.contiguous(), group=self._group)
         return torch.stack(parts).sum(0)
 
     def paired(self, batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
-        """Return the batches, of which all ranks must hold as many, or one would wait for ever."""
+        """Return the batches, after checking that all ranks hold as many.
+
+        Otherwise a rank with more batches would wait forever.
+        """
         counts = self._gathered([sum(1 for _ in batches())])[:, 0]
         if len(set(counts.tolist())) > 1:
             numbers = ", ".join(str(int(number)) for number in counts)
             raise HessianFlowError(
                 f"the ranks cut their examples into {numbers} pieces with targets that count: give"
-                " every rank of a model sharded by fully_shard as many examples"
+                " every rank of a model sharded by fully_shard the same number of examples"
             )
         return batches
 
@@ -125,11 +129,11 @@ class ShardedLoss(HessianOperator):
     def _product(self, vector: Tensor) -> Tensor:  # noqa: ARG002
         raise HessianFlowError(
             "a model sharded by fully_shard (DTensor) has no Hessian product: use"
-            ' form="forward" of critical_rate and form="simple" of noise_scale'
+            ' form="forward" of critical_rate or form="simple" of noise_scale'
         )
 
     def _shared_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        """Return this rank's part of the loss, for FSDP's mean, and the weight of all ranks."""
+        """Return this rank's part of the loss for FSDP's mean, and the total weight over ranks."""
         failure: HessianFlowError | None = None
         numbers = [math.nan] * 3
         try:
@@ -142,7 +146,7 @@ class ShardedLoss(HessianOperator):
                 value = float(averaged.value.detach())
             numbers = [weight, fingerprint(batch), value]
         except HessianFlowError as error:
-            failure = error  # the others must not wait for this rank
+            failure = error  # raised after the exchange, since other ranks wait for this one
         rows = self._gathered(numbers)
         if failure is not None:
             raise failure
@@ -154,7 +158,7 @@ class ShardedLoss(HessianOperator):
         return averaged.value * share, _distinct(rows)
 
     def _check_rows(self, rows: Tensor) -> None:
-        """Raise on all ranks what is wrong on one: rows are [weight, fingerprint, loss]."""
+        """Raise on all ranks if one cannot measure; the rows are [weight, fingerprint, loss]."""
         weights = rows[:, 0]
         if bool(weights.isnan().any()):
             raise HessianFlowError(
@@ -166,8 +170,8 @@ class ShardedLoss(HessianOperator):
             )
         if 0 in weights and bool(weights.any()):
             raise HessianFlowError(
-                "no target counts in the microbatch of one rank, those of others do: give every"
-                " rank of a model sharded by fully_shard targets that count"
+                "no target counts in the microbatch of one rank, but targets of other ranks do:"
+                " give every rank of a model sharded by fully_shard targets that count"
             )
 
     def _gathered(self, numbers: list[float]) -> Tensor:
@@ -175,12 +179,12 @@ class ShardedLoss(HessianOperator):
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(rows, own, group=self._group)
-        return torch.stack(rows).cpu()  # the host waits: ranks go on together or not at all
+        return torch.stack(rows).cpu()  # the host waits, because all ranks must go on or none
 
     @contextmanager
     def _sharded(self) -> Iterator[nn.Module]:
-        """Yield the model in evaluation mode, its weights in shards before and after."""
-        # Weights that a forward pass left gathered would not follow those that are moved.
+        """Yield the model in evaluation mode, with its weights in shards before and after."""
+        # Weights that a forward pass left gathered would not follow when the shards are moved.
         _reshard(self._model)
         with measuring(self._model, self.norm_mode) as model, second_order(model):
             try:
@@ -190,7 +194,7 @@ class ShardedLoss(HessianOperator):
 
     @contextmanager
     def _gradients_kept(self) -> Iterator[None]:
-        """Put `.grad` back afterwards, and let no hook step the weights meanwhile."""
+        """Restore `.grad` afterwards, and let no hook step the weights in the meantime."""
         held = [(p, p.grad) for p in self._model.parameters()]
         hooks = [getattr(p, "_post_accumulate_grad_hooks", None) for p, _ in held]
         for parameter, _ in held:
@@ -222,7 +226,7 @@ class ShardedLoss(HessianOperator):
 
 
 def _distinct(rows: Tensor) -> float:
-    """Return the sum of the first numbers of ranks, those with one and the same second once."""
+    """Return the sum of the ranks' first numbers; equal second numbers count only once."""
     return float(sum({mark: number for number, mark, *_ in rows.tolist()}.values()))
 
 

@@ -95,7 +95,7 @@ class Snapshot:
 
 
 def fingerprint(batch: Any) -> float:
-    """Return a number that tells batches of different content apart."""
+    """Return a number that differs between batches of different content."""
     numbers = _Contents(tensors_in(batch)).numbers()
     return float(zlib.crc32(repr(numbers).encode()))
 

@@ -49,7 +49,7 @@ def create(
         name: One of :func:`names`; or "package.module:function", a function that returns a model
             and gets those of `num_classes`, `input_size` and `in_channels` that it names; or
             "timm/NAME", "torchvision/NAME" if those packages are installed.
-        num_classes: Number of outputs of the last layer, and of the tokens of a decoder.
+        num_classes: Number of outputs of the last layer; for a decoder, the number of tokens.
         input_size: Height and width of the images; a decoder takes sequences of any length.
         variant: "cifar" for the stem made for small images, "imagenet" for the one that halves the
             image at once. Networks that exist in one form only refuse the other.

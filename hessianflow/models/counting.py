@@ -15,8 +15,9 @@ def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     A convolution costs out_positions * out_channels * in_channels / groups * kernel area, a linear
     layer outputs * inputs (the classifier is included). Biases, normalisation, activations, pooling
     and additions are not counted. The pass runs in eval mode without gradients; afterwards the
-    modes of the model are restored. `input_shape` is that of one input, without the batch: (T,) for
-    a model that begins with an embedding of T tokens. Products of attention are not counted.
+    modes of the model are restored. `input_shape` is that of one input without the batch dimension,
+    such as (T,) for a model that begins with an embedding of T tokens. The products inside
+    attention are not counted.
     """
     counts: list[int] = []
 

@@ -1,17 +1,18 @@
 """Decoders for language: pre-norm transformers with RMSNorm, rotary positions and causal attention.
 
 A block is x + attention(norm(x)), then x + mlp(norm(x)), as in GPT-2 (Radford et al., 2019). Its
-linear layers have no biases; RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) is in place of
-LayerNorm, and rotary positions (Su et al., 2021, arXiv:2104.09864) are in place of learned ones, so
-that a sequence may have any length. The perceptron is four times as wide and has a GELU. Queries,
-keys and values have a matrix each, which Muon makes orthogonal one by one. The embedding and the
-head are not tied: a tied head would begin by predicting the token that it reads.
+linear layers have no biases. RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) replaces
+LayerNorm, and rotary positions (Su et al., 2021, arXiv:2104.09864) replace learned ones, so that a
+sequence may have any length. The perceptron is four times as wide as the stream and has a GELU.
+Queries, keys and values have separate matrices, so that Muon makes each of them orthogonal. The
+embedding and the head are not tied: a tied head would begin by predicting the token that it reads.
 
-Matrices of n inputs start from N(0, 1 / sqrt(n)), and those that add to the stream of a network of
-L layers from N(0, 1 / sqrt(2 L n)); the head starts from N(0, 0.02), as in GPT-2, so that the first
-scores are nearly equal, and embeddings from N(0, 1), the scale that the first normalisation gives
-them anyway. With 0.02 for all matrices, which GPT-2 has at a width of 768, gpt-tiny had a held-out
-loss of 2.34 nats after 128 updates of AdamW on Python's sources; with 0.09 for all, 2.08.
+The initial weights have mean 0. Their standard deviation is 1 / sqrt(n) for a matrix of n inputs,
+and 1 / sqrt(2 L n) for the matrices that add to the stream of a network of L layers. It is 0.02 for
+the head, as in GPT-2, so that the first scores are nearly equal. It is 1 for embeddings, the scale
+that the first normalisation gives them anyway. With 0.02 for all matrices, which GPT-2 has at a
+width of 768, gpt-tiny had a held-out loss of 2.34 nats after 128 updates of AdamW on Python's
+source files; with 0.09 for all, it had 2.08.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class DecoderShape:
 
     Attributes:
         layers: Number of blocks.
-        width: Numbers per token in the stream, a multiple of twice the heads.
+        width: Numbers per token in the stream; a multiple of twice the number of heads.
         heads: Heads of each attention.
     """
 
@@ -45,8 +46,8 @@ DECODERS = {
     "gpt-compact": DecoderShape(8, 512, 8),
     "gpt-small": DecoderShape(15, 832, 13),
 }
-"""Decoders by name: 0.85, 4.9, 25.4 and 125 million parameters for bytes. The last is as large as
-GPT-2 small with its 50,257 tokens."""
+"""Decoders by name, with 0.85, 4.9, 25.4 and 125 million parameters for bytes. The last is as large
+as GPT-2 small, whose parameters include those for 50,257 tokens."""
 
 
 class Attention(nn.Module):
@@ -93,10 +94,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model: tokens int64 [B, T] to the scores [B, num_classes, T] of the next ones.
+    """A language model from tokens int64 [B, T] to scores [B, num_classes, T] of the next tokens.
 
-    The classes are the second dimension, where `torch.nn.CrossEntropyLoss` takes them; targets are
-    int64 [B, T]. The scores of a position depend on the tokens up to it alone.
+    The classes are the second dimension, where `torch.nn.CrossEntropyLoss` expects them; targets
+    are int64 [B, T]. The scores at a position depend only on the tokens up to that position.
 
     Args:
         shape: Layers, width and heads.
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the scores [B, num_classes, T]."""
-        # Positions are counted and not made by arange, whose length torch.fx could not trace.
+        # Positions are counted, because torch.fx could not trace the length of an arange.
         positions = torch.ones_like(tokens[0]).cumsum(0) - 1
         angles = positions[:, None] * self.frequencies
         cosine = angles.cos()

@@ -27,8 +27,9 @@ def recalibrate(
     Args:
         model: the model, wrapped or not.
         data: one (inputs, targets) pair or an iterable of pairs, of equal size as in training. With
-            a `loss_fn` they may be batches of any form.
-        loss_fn: runs the model on batches that are no pairs, as loss_fn(model, batch).
+            a `loss_fn`, the batches may have any form.
+        loss_fn: the loss that runs the model on batches that are not pairs, as
+            loss_fn(model, batch).
 
     Raises:
         HessianFlowError: there is no batch.

@@ -95,8 +95,8 @@ def check_parameters(params: Sequence[Tensor], optimizer: str) -> None:
         if is_shard(parameter):
             raise HessianFlowError(
                 f"{optimizer} needs whole parameters, but number {index} is a DTensor (FSDP or"
-                " tensor parallel), of which this process holds a piece: use an optimizer of torch,"
-                " or DistributedDataParallel"
+                " tensor parallelism), of which this process holds a piece: use an optimizer of"
+                " torch, or DistributedDataParallel"
             )
         if parameter.is_complex() or parameter.layout != torch.strided:
             kind = "complex" if parameter.is_complex() else str(parameter.layout)

@@ -1,9 +1,9 @@
 """Figures, tables and reports from the records of runs, which are all that they read.
 
-Functions that draw return a figure that is not bound to pyplot, and which a notebook shows. Given
-`ax=`, or `axes=` where they draw several, they draw in these, and return their figure. They raise a
-HessianFlowError if no run is given, a folder is no run directory, a file is damaged, or a path
-cannot be written.
+Functions that draw return a figure that is not bound to pyplot and that a notebook can show. If
+`ax=` is given (`axes=` for figures of several axes), they draw into these axes and return the
+figure that holds them. They raise a HessianFlowError if no run is given, a folder is not a run
+directory, a file is damaged, or a path cannot be written.
 """
 
 from hessianflow.plots.comparison import ComparisonTable, compare, compare_table

@@ -121,7 +121,7 @@ def compare(
         runs: run directories or objects with `.records`; those that differ in their seed only share
             a colour.
         path: file for a PNG; None writes none.
-        axes: Two axes to draw in; None for those of a new figure.
+        axes: Two axes to draw into; None for a new figure.
     """
     groups = group_runs(read_runs(runs))
     figure, (by_updates, by_seconds) = style.canvas(axes, 9.0, 4.6, 1, 2, sharey=True)

@@ -34,7 +34,7 @@ def critical_batch(
         critical: the critical batch size.
         path: file for a PNG; None writes none.
         title: title of the figure.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Returns:
         The figure, not bound to pyplot.

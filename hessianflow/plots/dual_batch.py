@@ -47,7 +47,7 @@ def accuracy_over_time(
     Args:
         runs: one or several runs; those without a server are drawn in the second panel only.
         path: file for a PNG; None writes none.
-        axes: Two axes to draw in; None for those of a new figure.
+        axes: Two axes to draw into; None for a new figure.
     """
     read = read_runs(runs)
     figure, (left, right) = style.canvas(axes, 9.0, 3.8, 1, 2, sharey=True)
@@ -82,7 +82,7 @@ def commit_timeline(
         run: a run on a parameter server.
         path: file for a PNG; None writes none.
         epochs: number of epochs to show, from the first.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: the run has no commit.
@@ -140,7 +140,7 @@ def batch_and_resolution(
     Args:
         run: a run on a parameter server or with a schedule of resolutions.
         path: file for a PNG; None writes none.
-        axes: Two axes to draw in; None for those of a new figure.
+        axes: Two axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: the run records no resolution.

@@ -34,7 +34,7 @@ def edge_share(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: no reading of any run holds a positive share.

@@ -36,7 +36,7 @@ def landscape(
         betas: steps along the second direction, shape [m]; None: one direction.
         path: file for a PNG; None writes none.
         title: title above the axes.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: the shapes do not fit, a direction has fewer than two points, or no loss

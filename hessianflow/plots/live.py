@@ -1,4 +1,4 @@
-"""A figure of a run that is drawn again after every epoch, in a notebook or in a file."""
+"""A figure of a run that is redrawn after every epoch, in a notebook or in a file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +12,14 @@ from hessianflow.runs.history import History
 
 
 class Live:
-    """A receiver of the records of a run that draws them after every epoch.
+    """A sink that draws the records of a run after every epoch.
 
-    Pass it as a sink: `reporting=hf.training.Reporting(sinks=[hf.plots.live()])`. In a notebook the
-    figure takes its own place below the cell again and again; elsewhere it is written to `path`.
+    Pass it as `reporting=hf.training.Reporting(sinks=[hf.plots.live()])`. In a notebook, every new
+    figure replaces the one before below the cell. If `path` is given, the figure is also written
+    there.
 
     Args:
-        path: File for a PNG, which is whole at any time; None writes none.
+        path: File for a PNG, which is complete at any time; None writes none.
         draw: Function that draws a :class:`~hessianflow.runs.History`, such as
             `hf.plots.curvature_trajectory`.
 
@@ -37,7 +38,7 @@ class Live:
         self.figure: Figure | None = None
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Take the settings of the run, some of which figures need."""
+        """Take the settings of the run, which some figures need."""
         self._config = config
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -47,13 +48,14 @@ class Live:
             self._redraw()
 
     def close(self) -> None:
-        """Draw what was recorded after the last epoch."""
+        """Draw the records that followed the last epoch, if there are any."""
         if self.figure is not None and self._records[-1]["kind"] != "epoch":
             self._redraw()
 
     def _redraw(self) -> None:
         history = History([dict(record) for record in self._records], self._config)
-        figure = self.figure = self._draw(history, self._path)
+        figure = self._draw(history, self._path)
+        self.figure = figure
         if not in_notebook():
             return
         from IPython.display import display

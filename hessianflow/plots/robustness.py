@@ -27,7 +27,7 @@ def robustness(
         eps: sizes of the perturbation, in the units of pixels scaled to [0, 1].
         accuracies: (value, lower end, upper end) for every size, in [0, 1], by name of the attack.
         path: file for a PNG; None writes none.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: there is no attack, or an attack has not one triple for each size.

@@ -32,7 +32,7 @@ def scaling(
     Args:
         plan: the content of plan.json.
         path: file for a PNG; None writes none.
-        axes: Two axes to draw in; None for those of a new figure.
+        axes: Two axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: the plan holds no prediction.

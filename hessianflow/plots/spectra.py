@@ -51,7 +51,7 @@ def spectral_density(
         density: an object with `.nodes` and `.weights`, or several by name, drawn over each other.
         path: file for a PNG; None writes none.
         sigma: standard deviation of the Gaussians; None: 1 % of the width of the spectrum.
-        ax: Axes to draw in; None for those of a new figure.
+        ax: Axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: nodes and weights have different or wrong shapes, or are not finite; or

@@ -85,7 +85,7 @@ def new_figure(
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as a picture, whether or not pyplot was set up there."""
+    """A figure that a notebook shows as a picture, even if pyplot is not set up there."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -97,21 +97,21 @@ class Picture(Figure):
 def canvas(
     own: Any, width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure and its axes: those of the user, or new ones of this size in inches.
+    """Return a figure and its axes: the user's own, or new ones.
 
     Args:
-        own: Axes, or several of them in an array or a list; None for a new figure.
-        width: Width of a new figure.
-        height: Height of a new figure.
-        rows: Rows of axes.
-        columns: Columns of axes.
+        own: The user's axes, several of them in an array or a list; None for a new figure.
+        width: Width of a new figure in inches.
+        height: Height of a new figure in inches.
+        rows: Number of rows of axes.
+        columns: Number of columns of axes.
         options: Options of `Figure.subplots`.
 
     Returns:
         The figure, and the axes as `Figure.subplots` returns them.
 
     Raises:
-        HessianFlowError: `own` does not hold as many axes as are drawn.
+        HessianFlowError: `own` does not hold as many axes as the figure needs.
     """
     if own is None:
         figure = new_figure(width, height)
@@ -119,7 +119,7 @@ def canvas(
     axes = np.asarray(own, dtype=object)
     if axes.size != rows * columns:
         raise HessianFlowError(
-            f"this figure has {rows * columns} axes, got {axes.size}: pass those of"
+            f"this figure needs {rows * columns} axes, got {axes.size}: pass the axes of"
             f" matplotlib.pyplot.subplots({rows}, {columns})"
         )
     figure = axes.flat[0].get_figure(root=True)
@@ -214,7 +214,7 @@ def legend_columns(handles: Sequence[Artist]) -> int:
 def legend_below(figure: Figure, handles: Sequence[Artist], own: Any = None) -> None:
     """Add one legend below all axes, for which the constrained layout makes room.
 
-    Among axes of the user's `own`, it goes into the last one.
+    If the user's `own` axes are given, the legend goes into the last of them.
     """
     look: dict[str, Any] = {"ncols": legend_columns(handles), "frameon": False, "fontsize": 9}
     if own is not None:

@@ -28,7 +28,7 @@ def training_curves(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
-        axes: Six axes to draw in; None for those of a new figure.
+        axes: Six axes to draw into; None for a new figure.
     """
     read = read_runs(runs)
     figure, drawn = style.canvas(axes, 9.0, 9.0, 3, 2)

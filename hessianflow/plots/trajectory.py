@@ -51,7 +51,7 @@ def curvature_trajectory(
     Args:
         runs: one or several run directories or objects with `.records`, drawn over each other.
         path: file for a PNG; None writes none.
-        ax: Axes to draw in, which get a twin for the batch size; None for those of a new figure.
+        ax: Axes to draw into, which get a twin for the batch size; None for a new figure.
     """
     read = read_runs(runs)
     every = (e for i, r in enumerate(read) for e in growths(r, style.colour(i)))
@@ -114,7 +114,7 @@ def _layout(events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Ax
 
 
 def _among_others(ax: Axes, events: Sequence[Growth], handles: list[Line2D]) -> tuple[Figure, Axes]:
-    """Add legend and key to axes of the user's, the key below the label of the x axis."""
+    """Add the legend and the key to the user's axes, with the key below the label of the x axis."""
     figure, axes = style.canvas(ax, _WIDTH, _PLOT_HEIGHT)
     axes.legend(handles=handles, frameon=False, fontsize=8)
     place: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 7}

@@ -41,7 +41,7 @@ def workers(
     Args:
         run: run directory or object with `.records`.
         path: file for a PNG; None writes none.
-        axes: Three axes to draw in; None for those of a new figure.
+        axes: Three axes to draw into; None for a new figure.
 
     Raises:
         HessianFlowError: the run is not elastic.

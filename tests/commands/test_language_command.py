@@ -65,7 +65,7 @@ def test_curvature_and_the_critical_batch_are_measured(capsys: pytest.CaptureFix
         (["--adversary", "fgsm"], "--adversary fgsm changes inputs slightly, but those"),
         (
             ["--model", "resnet20"],
-            "--model resnet20 takes images, and text is text: use one of gpt",
+            "--model resnet20 takes images, but --data text is text: use one of gpt",
         ),
         (["--controller", "dual-batch"], "dual-batch trains on images of several sizes, but"),
         (["--input-curvature", "true"], "--input-curvature is a setting of --data digits, fake"),
@@ -89,8 +89,8 @@ def test_what_does_not_go_with_text_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "text"], "--data text needs --data-dir: a folder of text, a pattern or a file"),
-        (["--model", "gpt-tiny"], "--model gpt-tiny takes text, and digits is of images"),
+        (["--data", "text"], "--data text needs --data-dir: name a folder of text"),
+        (["--model", "gpt-tiny"], "--model gpt-tiny takes text, but --data digits has images"),
         (["--block-length", "64"], "--block-length is a setting of --data text or python"),
     ],
 )

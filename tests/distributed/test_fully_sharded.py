@@ -235,7 +235,7 @@ def test_what_cannot_be_measured_says_so_on_all_ranks() -> None:
         "not finite": "the loss is not finite",
         "ignored": "the ranks cut their examples into 9, 7 pieces",
         "product": "the model is sharded by fully_shard (FSDP), and autograd does not reach the"
-        ' shards; take form="forward" of critical_rate',
+        ' shards; if fully_shard shards the whole model, use form="forward"',
         "noise": "the model is sharded by fully_shard (FSDP)",
         "parts": "the ranks cut their examples into 4, 5 pieces",
         **{
@@ -316,4 +316,4 @@ def test_ranks_count_by_their_targets_and_the_monitor_says_what_it_leaves_out() 
         # Before its first step AdamW has no preconditioner: its update stands in for it.
         assert seen["sharpness"] == pytest.approx(2 / expected.critical, rel=1e-5)
         assert len(told) == 1
-        assert told[0].startswith("hf.monitor leaves out what takes second derivatives")
+        assert told[0].startswith("hf.monitor leaves out figures that need second derivatives")

@@ -83,7 +83,7 @@ def test_a_figure_is_drawn_in_axes_of_the_user_alone(name: str, tmp_path: Path) 
 
 
 def test_a_wrong_number_of_axes_is_named() -> None:
-    pattern = r"this figure has 6 axes, got 2: pass those of matplotlib.pyplot.subplots\(3, 2\)"
+    pattern = "this figure needs 6 axes, got 2: pass the axes of matplotlib.pyplot.subplots"
     with pytest.raises(HessianFlowError, match=pattern):
         plots.training_curves(history(), axes=Figure().subplots(1, 2))
 
