@@ -22,7 +22,7 @@ def train(run_dir: Path, *options: str) -> int:
 
 
 def test_a_run_of_one_pass_grows(tmp_path: Path) -> None:
-    """Eight parts of 32 examples; the batch grows from 8 after every second part."""
+    """There are eight parts of 32 examples; the batch grows from 8 after every second part."""
     controller = ("--controller", "adabatch", "--controller.every-epochs", "2")
     run_dir = tmp_path / "run"
     sizes = ("--batch-size", "8", "--max-batch-size", "32")
@@ -37,7 +37,7 @@ def test_a_run_of_one_pass_grows(tmp_path: Path) -> None:
 
 
 def test_the_rate_falls_within_the_pass(tmp_path: Path) -> None:
-    """A straight line to 0 over the pass: each part ends lower, whatever their number."""
+    """The rate falls in a straight line to 0 over the pass, whatever the number of parts."""
     options = ("--controller", "fixed", "--schedule", "polynomial", "--schedule.power", "1")
     for parts in ("4", "8"):
         run_dir = tmp_path / parts
@@ -61,7 +61,7 @@ def test_the_rate_falls_within_the_pass(tmp_path: Path) -> None:
         (("--epoch-parts", "100", "--batch-size", "8"), "examples of an epoch"),
     ],
 )
-def test_refused(
+def test_parts_that_cannot_be_counted_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
     assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, *options]) == 2

@@ -1,4 +1,4 @@
-"""A language model from the command line: the outcome in bits per byte, and what is refused."""
+"""A language model from the command line: the result in bits per byte, and refusals."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_training_prints_nats_and_bits_per_byte(capsys: pytest.CaptureFixture[st
 
 
 def test_accuracy_counts_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Worked out from the trained model: the share of bytes with the largest score."""
+    """The oracle is the share of bytes with the largest score in the trained model."""
     assert run(*TRAIN, "--controller", "fixed", "--curvature", "off", capsys=capsys)[0] == 0
     _, parts = load_parts("run")
     hits = [
@@ -77,7 +77,7 @@ def test_curvature_and_the_critical_batch_are_measured(capsys: pytest.CaptureFix
         (["--block-length", "9999"], "bytes are too few for a block of 9999"),
     ],
 )
-def test_what_does_not_go_with_text_is_refused_in_one_line(
+def test_settings_that_do_not_go_with_text_are_refused_in_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, err = run(*TRAIN, *words, capsys=capsys)
@@ -94,7 +94,7 @@ def test_what_does_not_go_with_text_is_refused_in_one_line(
         (["--block-length", "64"], "--block-length is a setting of --data text or python"),
     ],
 )
-def test_what_goes_with_text_alone_is_refused_elsewhere(
+def test_settings_that_only_text_has_are_refused_elsewhere(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = run("train", *words, capsys=capsys)

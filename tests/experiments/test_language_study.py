@@ -1,4 +1,4 @@
-"""The language study: its grid by hand, and its table from made-up rows."""
+"""The language study: its grid, worked out by hand, and its table from made-up rows."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_all_methods_see_the_same_bytes_and_rates_follow_the_root_of_the_batch()
 
 
 def test_growing_batches_move_the_rate_by_the_root_or_not_at_all() -> None:
-    """Seesaw has its own rule, and the norm test leaves the rate, as published."""
+    """Seesaw has its own rule, and the norm test leaves the rate unchanged, as published."""
     for cell in cells("cpu", [0]):
         config = resolve(from_dict(cell.settings, cell.name))
         if cell.method.endswith(("critical", "noise-scale")):

@@ -1,4 +1,4 @@
-"""The decoder: causal, rotary in closed form, of the stated sizes, for curvature and for Muon."""
+"""The decoder: causality, rotary positions in closed form, sizes, curvature and Muon."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def test_the_future_does_not_change_the_past() -> None:
     assert ((before - after)[..., 5:].abs().amax(dim=(0, 1)) > 1e-6).all()
 
 
-def test_scores_have_their_classes_where_cross_entropy_takes_them_for_any_length() -> None:
+def test_cross_entropy_takes_the_scores_of_sequences_of_any_length() -> None:
     model = decoder()
     for length in (1, 7, 40):
         scores = model(tokens(2, length))
@@ -67,7 +67,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return products.masked_fill(future, -math.inf).softmax(-1) @ value
 
 
-def test_the_whole_equals_a_forward_pass_written_out() -> None:
+def test_the_decoder_equals_a_forward_pass_written_out() -> None:
     model = decoder()
     inputs = tokens(3, 8)
     angles = torch.arange(8)[:, None] * model.frequencies
@@ -98,7 +98,7 @@ def test_the_whole_equals_a_forward_pass_written_out() -> None:
     [("gpt-tiny", 0.853), ("gpt-mini", 4.853), ("gpt-compact", 25.437), ("gpt-small", 125.052)],
 )
 def test_the_catalogue_has_the_stated_sizes(name: str, millions: float) -> None:
-    """Of a layer: 12 width^2 of matrices and two normalisations; embedding and head are apart."""
+    """A layer has 12 width^2 in matrices and two normalisations; head and embedding differ."""
     shape = DECODERS[name]
     with torch.device("meta"):
         model = models.create(name, 256)
@@ -110,12 +110,12 @@ def test_the_catalogue_has_the_stated_sizes(name: str, millions: float) -> None:
 
 
 def test_the_work_of_a_token_is_its_matrices() -> None:
-    """12 width^2 a layer and the head, for each of 64 tokens; the embedding is looked up."""
+    """Each of 64 tokens costs 12 width^2 per layer and the head; the embedding is looked up."""
     work = models.count_multiply_adds(models.create("gpt-tiny", 256), (64,))
     assert work == 64 * (4 * 12 * 128**2 + 256 * 128)
 
 
-def test_at_the_start_every_byte_is_as_likely_and_all_parameters_get_a_gradient() -> None:
+def test_at_the_start_all_bytes_are_equally_likely_and_all_parameters_get_a_gradient() -> None:
     torch.manual_seed(0)
     model = models.create("gpt-tiny", 256)
     inputs, targets = tokens(4, 32, classes=256), tokens(4, 32, classes=256).flip(0)
@@ -147,7 +147,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_no_other() -> None:
 def test_products_with_curvature_equal_dense_autograd(
     kind: type[HessianOperator | GGNOperator],
 ) -> None:
-    """Differentiate the written-out loss twice, for the Hessian; J^T (d^2 loss) J for the GGN."""
+    """The Hessian differentiates the written-out loss twice; the GGN is J^T (d^2 loss) J."""
     model = decoder(DecoderShape(1, 4, 1), 5)
     batch = (tokens(3, 4, classes=5), tokens(3, 4, classes=5).flip(0))
     operator = kind(model, nn.CrossEntropyLoss(), [batch])

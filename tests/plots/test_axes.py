@@ -1,4 +1,4 @@
-"""Figures in axes of the user's, in notebooks, and drawn again during a run."""
+"""Figures in the user's axes, in notebooks, and redrawn during a run."""
 
 import inspect
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_every_figure_is_called_here() -> None:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_a_figure_is_drawn_in_axes_of_the_user_alone(name: str, tmp_path: Path) -> None:
+def test_a_figure_is_drawn_only_into_the_axes_of_the_user(name: str, tmp_path: Path) -> None:
     arguments, number = CALLS[name]
     function = getattr(plots, name)
     own = Figure()

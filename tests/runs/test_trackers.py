@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, offline and read back by their own readers."""
+"""Sinks for Weights & Biases and MLflow, which run offline here."""
 
 import builtins
 import sys
@@ -36,7 +36,7 @@ BATCH = {
 CONFIG = {"seed": 3, "trainer": {"optimizer": "SGD", "lr": 0.1}}
 
 
-def test_numbers_and_texts_are_told_apart() -> None:
+def test_numbers_and_texts_are_separated() -> None:
     numbers, texts = figures(CURVATURE)
     assert numbers == {
         "curvature/eigenvalue": 2.5,
@@ -47,7 +47,7 @@ def test_numbers_and_texts_are_told_apart() -> None:
     assert texts == {"curvature/norm_mode": "eval"}
 
 
-def test_settings_are_named_by_their_place() -> None:
+def test_nested_settings_get_dotted_names() -> None:
     assert flat(CONFIG) == {"seed": 3, "trainer.optimizer": "SGD", "trainer.lr": 0.1}
 
 
@@ -62,7 +62,7 @@ def written(sink: Any) -> None:
 def test_wandb_gets_figures_over_examples_text_and_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights & Biases has no reader without its server: its own calls are seen instead."""
+    """Weights & Biases has no reader without its server, so its calls are recorded instead."""
     seen: dict[str, Any] = {"logs": [], "metrics": [], "summary": {}}
     run = SimpleNamespace(
         log=seen["logs"].append,
@@ -92,7 +92,7 @@ def test_wandb_gets_figures_over_examples_text_and_settings(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_itself_takes_it_offline(tmp_path: Path) -> None:
+def test_the_sink_works_with_wandb_itself_offline(tmp_path: Path) -> None:
     library("wandb")
     written(WandbSink(mode="offline", dir=str(tmp_path), project="p"))
     [log] = tmp_path.rglob("*.wandb")

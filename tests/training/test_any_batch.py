@@ -157,7 +157,7 @@ def weights(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("size", [None, 5])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_trains_as_the_whole_batch(form: str, size: int | None) -> None:
-    """With microbatches of five the first holds nothing that counts."""
+    """In microbatches of five, the first one holds no word that counts."""
     collate, loss = FORMS[form]
     model = Model()
     slopes = torch.autograd.grad(model(**whole()).loss, list(model.parameters()))
@@ -213,7 +213,7 @@ def test_every_form_has_the_hessian_of_the_whole_batch(form: str, size: int | No
 
 @pytest.mark.parametrize("size", [None, 5])
 def test_gauss_newton_and_fisher_of_a_model_with_its_own_loss(size: int | None) -> None:
-    """The oracle gives the same targets and outputs as a pair."""
+    """The oracle passes the same targets and outputs as a pair."""
 
     class Inner(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -240,7 +240,7 @@ def test_gauss_newton_and_fisher_of_a_model_with_its_own_loss(size: int | None) 
         operator.dense()
 
 
-def test_the_figures_of_a_loop_of_ones_own() -> None:
+def test_the_figures_of_a_hand_written_loop() -> None:
     model, batch = Model(), whole(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = hf.ModelLoss()
@@ -253,8 +253,8 @@ def test_the_figures_of_a_loop_of_ones_own() -> None:
         assert found.critical > 0
 
 
-def test_the_check_of_parts_leaves_no_trace() -> None:
-    """The model runs again in the check: neither random numbers nor statistics show it."""
+def test_the_check_of_the_parts_of_a_loss_leaves_no_trace() -> None:
+    """The check runs the model again, but changes neither random numbers nor statistics."""
     checked, free = Model(0.5, normalised=True), Model(0.5, normalised=True)
     count = lambda batch: (batch["labels"][:, 1:] != -100).sum()  # noqa: E731
     for model, loss in ((checked, hf.ModelLoss()), (free, hf.ModelLoss(weight=count))):
@@ -267,7 +267,7 @@ def test_the_check_of_parts_leaves_no_trace() -> None:
 
 
 def test_a_loss_whose_parts_do_not_add_up_is_refused() -> None:
-    """The mean over sentences of means over words divides by neither."""
+    """A mean over sentences of means over words divides by neither number."""
 
     def by_sentence(model: Any, batch: Any) -> Tensor:
         logits = model(batch["ids"], batch["mask"]).logits[:, :-1].transpose(1, 2)
@@ -284,7 +284,7 @@ def test_a_loss_whose_parts_do_not_add_up_is_refused() -> None:
     assert torch.equal(weights(model), weights(before))
 
 
-def test_a_run_continues_where_it_was(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_where_it_stopped(tmp_path: Path) -> None:
     def trainer(epochs: int, **options: Any) -> tuple[nn.Module, Any]:
         model = Model()
         data = hf.data.AdaptiveBatches(items(), 8, seed=1, collate_fn=named)
@@ -339,7 +339,7 @@ def test_metrics_are_recorded_beside_the_epoch() -> None:
 
 @pytest.mark.parametrize("loss", [hf.ModelLoss(), hf.ModelLoss(weight="next tokens")])
 def test_a_batch_in_which_nothing_counts_moves_nothing(loss: Any) -> None:
-    """Curvature has nothing to divide by, and says so."""
+    """Curvature has nothing to divide by, and the error says so."""
     model = Model()
     before = weights(model)
     padding = [{**row, "labels": torch.full((LENGTH,), -100)} for row in items()]
@@ -374,7 +374,7 @@ def test_a_batch_in_which_nothing_counts_moves_nothing(loss: Any) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(
+def test_batches_and_losses_that_do_not_fit_are_refused_in_one_line(
     loss: Any, collate: Any, options: dict[str, Any], message: str
 ) -> None:
     data = hf.data.AdaptiveBatches(items(), 8, collate_fn=collate)

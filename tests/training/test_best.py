@@ -20,7 +20,7 @@ DATA = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
 
 
 class Figures:
-    """A measurement that gives the next of the figures named "score" after each epoch."""
+    """A measurement that returns the next "score" after each epoch."""
 
     kind = "measured"
 
@@ -80,7 +80,7 @@ def test_patience(values: list[float], epochs: int) -> None:
         made.fit()
 
 
-def test_an_early_end_is_one_after_a_resume_too(tmp_path: Path) -> None:
+def test_a_run_that_ended_early_stays_over_after_resuming(tmp_path: Path) -> None:
     values = [5, 4, 3, 2, 1, 0]
     trainer(values, Best("score", patience=3), run_dir=tmp_path / "run", max_updates=7).fit()
     resumed = trainer(values, Best("score", patience=3))
@@ -125,7 +125,7 @@ def test_the_eigenvalue_may_decide() -> None:
         ),
     ],
 )
-def test_refused(make: Any, message: str) -> None:
+def test_invalid_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(HessianFlowError) as caught:
         make()
     assert message in str(caught.value)

@@ -120,7 +120,7 @@ def test_the_fraction_is_that_of_the_nearest_limit() -> None:
     assert Extent(100, passes=4).progress(Position(1, 150, 19, 50, 6)).fraction == 0.375
 
 
-def test_the_fraction_reaches_1_where_data_end_early() -> None:
+def test_the_fraction_reaches_1_if_the_data_end_early() -> None:
     extent = Extent(100, passes=1, max_updates=500)
     ended = extent.after(Position(updates=3, examples=24, read=24), 8, data_ended=True)
     assert ended.epoch == 1
@@ -148,7 +148,7 @@ def test_the_fraction_reaches_1_where_data_end_early() -> None:
         ),
     ],
 )
-def test_refused(make: Any, message: str) -> None:
+def test_contradictory_limits_are_refused(make: Any, message: str) -> None:
     with pytest.raises(HessianFlowError) as caught:
         make()
     assert message in str(caught.value)
@@ -169,7 +169,7 @@ class Watched:
         return self.inner.update(progress, *arguments)
 
 
-def test_what_a_controller_is_told() -> None:
+def test_a_controller_receives_the_progress_of_the_run() -> None:
     controller: Any = Watched()
     trainer = made(4, max_examples=90, every=Every(updates=3), controller=controller)
     assert epochs(trainer) == [(1, 3, 12), (2, 6, 36), (3, 9, 84), (4, 10, 100)]
@@ -199,7 +199,7 @@ CONTROLLERS: Mapping[str, Callable[[], BatchController]] = {
 @pytest.mark.parametrize("name", CONTROLLERS)
 @pytest.mark.parametrize("every", [Every(updates=3), Every(examples=64)])
 def test_every_controller_decides_within_one_pass(name: str, every: Every) -> None:
-    """Without a pass being completed, each changes batch or rate, or says why it does not."""
+    """Each changes the batch or the rate before a pass is complete, or says why it does not."""
     inputs, targets = DATA.tensors
     data = AdaptiveBatches(TensorDataset(inputs.repeat(20, 1), targets.repeat(20)), 8)
     controller = CONTROLLERS[name]()
@@ -267,7 +267,7 @@ class Stream:
         ({"max_updates": 7}, [(1, 5, 40), (2, 7, 56)], 2),
     ],
 )
-def test_a_stream_whose_length_nobody_knows(
+def test_a_stream_of_unknown_length(
     options: dict[str, Any], expected: list[tuple[int, int, int]], passes: int
 ) -> None:
     stream = Stream()
@@ -283,7 +283,7 @@ def test_an_empty_stream_is_refused() -> None:
 
 
 @pytest.mark.parametrize("every", [None, Every(updates=4), Every(examples=30)])
-def test_a_stopped_run_resumes_as_if_it_had_not_been(tmp_path: Path, every: Every | None) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, every: Every | None) -> None:
     def run(folder: Path | None) -> AdaptiveBatchTrainer:
         return made(
             4,

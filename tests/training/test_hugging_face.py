@@ -90,7 +90,7 @@ MODELS: dict[str, Any] = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit
 
 
 def items(name: str, rows: int = ROWS) -> list[dict[str, Any]]:
-    """Return examples of unlike lengths, padded to one; labels of padding do not count."""
+    """Return examples of different lengths, padded to one length; labels of padding are ignored."""
     source = torch.Generator().manual_seed(1)
     made: list[dict[str, Any]] = []
     for row in range(rows):
@@ -131,13 +131,13 @@ def weights_of(model: nn.Module) -> list[Tensor]:
 
 
 def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Compare to 1e-6: the losses of transformers are computed in float32."""
+    """Compare to 1e-6, because the losses of transformers are computed in float32."""
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_accumulated_step_is_that_of_the_whole_batch(name: str) -> None:
+def test_an_accumulated_step_equals_that_of_the_whole_batch(name: str) -> None:
     model = built(name)
     whole = default_collate(items(name))
     expected = step_of(model, model(**whole).loss)
@@ -150,7 +150,7 @@ def test_an_accumulated_step_is_that_of_the_whole_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_step_is_that_of_the_trainer_of_transformers(name: str, tmp_path: Path) -> None:
+def test_a_step_equals_that_of_the_trainer_of_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
     model = built(name)
     if name == "bert":
@@ -183,7 +183,7 @@ def test_a_step_is_that_of_the_trainer_of_transformers(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("size", [None, 5])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_operators_are_those_of_the_whole_batch(name: str, size: int | None) -> None:
+def test_the_operators_equal_those_of_the_whole_batch(name: str, size: int | None) -> None:
     model = built(name).eval()
     model.set_attn_implementation("eager")
     batch = default_collate(items(name))
@@ -278,7 +278,7 @@ def test_the_output_of_a_tokenizer_with_text_beside_it() -> None:
 
 
 def test_a_pair_and_a_loss_of_torch_with_the_output_of_a_model() -> None:
-    """The logits take the place of the object that holds them."""
+    """The loss receives the logits instead of the object that holds them."""
     model = built("vit")
     whole = default_collate(items("vit"))
     pair = whole["pixel_values"], whole["labels"]
@@ -320,7 +320,7 @@ def test_a_model_without_labels_says_so() -> None:
         trained(model, hf.data.AdaptiveBatches(rows, ROWS))
 
 
-def test_tensordict() -> None:
+def test_a_tensordict_is_a_batch() -> None:
     tensordict = pytest.importorskip("tensordict", reason="tensordict is not installed")
     model = built("bert")
     whole = default_collate(items("bert"))
@@ -335,7 +335,7 @@ def test_tensordict() -> None:
 
 
 class _Stub(types.ModuleType):
-    """A module that has everything, for imports of transforms that no model uses."""
+    """A module with any attribute, for imports of transforms that no model uses."""
 
     __path__: ClassVar[list[str]] = []
 
@@ -347,7 +347,7 @@ class _Stub(types.ModuleType):
 
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """timm, which imports torchvision's transforms; models do not need them."""
+    """Import timm without torchvision, whose transforms it imports but its models do not need."""
     if importlib.util.find_spec("torchvision") is None:
         for name in ("", ".datasets.folder", ".ops.misc", ".transforms.functional"):
             parts = ("torchvision" + name).split(".")

@@ -1,4 +1,4 @@
-"""Accuracy over tokens, or pixels, where the classes are the second dimension of the outputs."""
+"""Accuracy over tokens or pixels if the classes are the second dimension of the outputs."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def scores_of(best: Tensor, classes: int) -> Tensor:
 
 
 def test_hits_are_counted_over_all_tokens() -> None:
-    """Three of six are right."""
+    """Three of the six tokens are right."""
     targets = torch.tensor([[0, 1, 2], [3, 3, 3]])
     best = torch.tensor([[0, 1, 0], [0, 3, 0]])
     found = evaluate(Scores(), (scores_of(best, 4), targets), nn.CrossEntropyLoss())
@@ -32,7 +32,7 @@ def test_hits_are_counted_over_all_tokens() -> None:
 
 
 def test_ignored_tokens_do_not_count() -> None:
-    """Of four tokens that count two are right."""
+    """Two of the four tokens that count are right."""
     targets = torch.tensor([[0, -100, 2], [3, 3, -100]])
     best = torch.tensor([[0, 1, 0], [0, 3, 0]])
     found = evaluate(Scores(), (scores_of(best, 4), targets), nn.CrossEntropyLoss())
@@ -47,7 +47,7 @@ def test_pixels_count_like_tokens() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3, 5, 1)])
 def test_outputs_of_other_shapes_have_no_accuracy(shape: tuple[int, ...]) -> None:
-    """Class scores in the last dimension, as a loss of one's own may take them, are not read."""
+    """Class scores in the last dimension, as a user's loss may expect them, are not read."""
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.mean() + 0 * targets.sum()
