@@ -90,6 +90,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "adamw-1x": _adamw(1),
     "adamw-4x": _adamw(4),
     "muon-8x": _muon(8),
+    "muon-6x": _muon(6),
     "adamw-seesaw": _adamw(1, 16, controller="seesaw"),
     "muon-16x": _muon(16),
     "muon-seesaw": _muon(4, 32, controller="seesaw"),
