@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.large_batch import NO_LIMIT
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -60,6 +61,12 @@ TUNING: Mapping[str, tuple[float, ...]] = {
 TUNING_SEED = 2
 PARTS: Settings = {"epoch_parts": 12}
 """For controllers that decide at the ends of epochs, and for the curves of the curvature."""
+MEASURED: Settings = {
+    **PARTS,
+    "curvature": "epoch",
+    "curvature_budget": NO_LIMIT,
+    "probe_examples": 32,
+}
 MUON: Settings = {"name": "muon", "rest": "adamw"}
 
 
@@ -101,8 +108,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "muon-critical": _muon(4, 32, controller="critical", **PARTS),
     "adamw-norm-test": _adamw(1, 16, **_compared("norm-test")),
     "adamw-noise-scale": _adamw(1, 16, **_compared("noise-scale"), **PARTS),
-    "adamw-1x-measured": _adamw(1, curvature="epoch", **PARTS),
-    "muon-8x-measured": _muon(8, curvature="epoch", **PARTS),
+    "adamw-1x-measured": _adamw(1, **MEASURED),
+    "muon-8x-measured": _muon(8, **MEASURED),
 }
 """What each method changes in the settings of a problem, the most useful first."""
 
