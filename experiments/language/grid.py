@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.large_batch import NO_LIMIT
 from experiments.runner import Cell, Scale
 
 Settings = dict[str, Any]
@@ -59,7 +60,14 @@ TUNING: Mapping[str, tuple[float, ...]] = {
 }
 TUNING_SEED = 2
 PARTS: Settings = {"epoch_parts": 12}
-"""Settings for controllers that decide at the end of an epoch, and for curves of the curvature."""
+"""Settings for controllers that decide at the end of an epoch."""
+MEASURED: Settings = {
+    **PARTS,
+    "curvature": "epoch",
+    "curvature_budget": NO_LIMIT,
+    "probe_examples": 32,
+}
+"""Settings for curves of the curvature, which is read after every part without a budget."""
 MUON: Settings = {"name": "muon", "rest": "adamw"}
 
 
@@ -90,6 +98,7 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "adamw-1x": _adamw(1),
     "adamw-4x": _adamw(4),
     "muon-8x": _muon(8),
+    "muon-6x": _muon(6),
     "adamw-seesaw": _adamw(1, 16, controller="seesaw"),
     "muon-16x": _muon(16),
     "muon-seesaw": _muon(4, 32, controller="seesaw"),
@@ -100,8 +109,8 @@ METHODS: Mapping[str, Callable[[Settings], Settings]] = {
     "muon-critical": _muon(4, 32, controller="critical", **PARTS),
     "adamw-norm-test": _adamw(1, 16, **_compared("norm-test")),
     "adamw-noise-scale": _adamw(1, 16, **_compared("noise-scale"), **PARTS),
-    "adamw-1x-measured": _adamw(1, curvature="epoch", **PARTS),
-    "muon-8x-measured": _muon(8, curvature="epoch", **PARTS),
+    "adamw-1x-measured": _adamw(1, **MEASURED),
+    "muon-8x-measured": _muon(8, **MEASURED),
 }
 """What each method changes in the settings of a problem, with the most useful methods first."""
 

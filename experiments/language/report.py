@@ -33,7 +33,8 @@ def report(rows: Sequence[Row], path: Path) -> None:
         lines.append(_line(group, (reference or [group])[0]))
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     write_text(path.parent / "language.md", text)
-    _draw([group for group in found if group.problem != "tuning"] or found, path)
+    shown = [g for g in found if g.problem != "tuning" and not g.method.endswith("-measured")]
+    _draw(shown or found, path)
 
 
 def loss(row: Row) -> float:
@@ -74,7 +75,7 @@ def _draw(found: Sequence[Group], path: Path) -> None:
         look = {"color": style.colour(index), "linestyle": style.dash(index), "linewidth": 1.2}
         look |= {"marker": "os^vDPX*"[index // len(style.COLOURS) % 8], "markersize": 3}
         _draw_row(axes, row, {**look, "label": group.method})
-    for axis, what in zip(axes, ("updates", "training bytes", "seconds", "epoch"), strict=True):
+    for axis, what in zip(axes, ("updates", "training bytes", "seconds", "pass"), strict=True):
         ylabel = "held-out loss (nats per byte)" if axis is axes[0] else ""
         style.finish(axis, what, ylabel)
     axes[0].set_xscale("log")
@@ -90,11 +91,12 @@ def _draw_row(axes: Any, row: Row, look: dict[str, Any]) -> None:
     settings = field(row, "settings")
     losses = [field(epoch | _names(row), "eval_loss") for epoch in epochs]
     numbers = range(1, len(epochs) + 1)
+    passes = [number / (settings.get("epoch_parts") or 1) for number in numbers]
     length = settings["block_length"] * settings["train_examples"]
     axes[0].plot([epoch["updates"] for epoch in epochs], losses, **look)
-    axes[1].plot([number * length for number in numbers], losses, **look)
+    axes[1].plot([count * length for count in passes], losses, **look)
     axes[2].plot([number * row["seconds"] / len(epochs) for number in numbers], losses, **look)
-    axes[3].plot(numbers, [epoch["batch_size"] for epoch in epochs], **look)
+    axes[3].plot(passes, [epoch["batch_size"] for epoch in epochs], **look)
 
 
 def _sizes(found: Sequence[Group]) -> list[int]:

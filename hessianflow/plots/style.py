@@ -64,7 +64,10 @@ def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Return colour and marks of a run's line through these values, as in :func:`run_handles`."""
     drawn = np.flatnonzero(np.isfinite(np.asarray(values, dtype=float)))
     every = drawn[:: max(1, len(drawn) // _MARKS)]
-    return {"color": colour(index), "marker": marker(index), "markersize": 4, "markevery": every}
+    mark = marker(index)
+    if len(drawn) == 1 and not mark:  # A line through one value has no length.
+        mark = "o"
+    return {"color": colour(index), "marker": mark, "markersize": 4, "markevery": every}
 
 
 def dash(index: int) -> Any:

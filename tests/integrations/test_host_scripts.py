@@ -62,6 +62,32 @@ def test_two_processes_train_one_model(script: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_gpt2_trains_in_our_trainer() -> None:
+    library("transformers")
+    text = output([sys.executable, str(FOLDER / "gpt2_in_our_trainer.py"), "--updates", "60"])
+    first, last = map(float, re.findall(r"loss ([\d.]+) -> ([\d.]+)", text)[0])
+    assert last < first
+    assert "64" in text
+
+
+@pytest.mark.slow
+def test_a_stream_of_text_is_resumed() -> None:
+    script = str(FOLDER / "stream_of_text.py")
+    text = output([sys.executable, script, "--examples", "2048"])
+    assert text.splitlines()[-1] == "batches [16, 16, 32, 32], resumed run equal: True"
+
+
+@pytest.mark.slow
+def test_a_loop_is_monitored() -> None:
+    script = str(FOLDER / "monitor_in_a_loop.py")
+    lines = output([sys.executable, script, "--updates", "40"]).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["update 20", "update 40"]
+    shares = [float(re.findall(r"edge_share ([\d.e+-]+)", line)[0]) for line in lines]
+    assert all(0 < share < 1 for share in shares)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs_and_shows_figures_tables_and_progress() -> None:
     for name in ("nbclient", "ipykernel", "pandas"):
         library(name)

@@ -34,6 +34,7 @@ def test_positive_shares_are_drawn_over_epochs_with_the_edge_at_1() -> None:
     np.testing.assert_array_equal(first.get_xdata(), [1.0, 3.0])
     np.testing.assert_array_equal(first.get_ydata(), [0.5, 1.5])
     np.testing.assert_array_equal(second.get_ydata(), [0.1])
+    assert second.get_marker() == "o"  # else a single reading would not be seen
     assert list(np.asarray(edge.get_ydata())) == [1.0, 1.0]
     assert axes.get_yscale() == "log"
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
