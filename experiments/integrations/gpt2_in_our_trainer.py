@@ -2,9 +2,9 @@
 
     python experiments/integrations/gpt2_in_our_trainer.py [--updates 120]
 
-The model computes its own loss, in which padding (label -100) does not count. The run counts
-updates, and a controller decides every tenth part of them. Weights are random, the text is that of
-the standard library: nothing is downloaded.
+The model computes its own loss, which ignores padding (label -100). The run counts updates, and a
+controller decides after every tenth of them. The weights are random and the text comes from the
+standard library, so nothing is downloaded.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def padded(items: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, and print the batch sizes and the last loss."""
+    """Train, and print the batch sizes, the first loss and the last one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=120)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""How near a plain training loop is to instability, by one line in the loop.
+"""A plain training loop with one line that tells how near the loop is to instability.
 
     python experiments/integrations/monitor_in_a_loop.py [--updates 80]
 
-The line is marked. Its figures go to any logger; here they are printed.
+The line is marked. Its figures can go to any logger; here they are printed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     digits = hf.data.load("digits")
-    assert isinstance(digits, hf.data.ImageSet)  # and no folder of files
+    assert isinstance(digits, hf.data.ImageSet)  # not a folder of files
     images = digits.images.float() / digits.value_scale
     measured = images[:512], digits.targets[:512]
     model = hf.models.create("digits-cnn", input_size=8)

@@ -1,9 +1,9 @@
-"""A decoder that trains on a stream of text whose length nobody knows, and is resumed within it.
+"""A decoder that trains on a stream of text of unknown length and is resumed within the stream.
 
     python experiments/integrations/stream_of_text.py [--examples 4096]
 
-The stream reads the sources of the standard library as they come. The run is stopped in the middle
-and resumed, and ends with the weights of one that was not stopped.
+The stream reads the source files of the standard library one after another. The run is stopped in
+the middle and resumed, and it ends with the weights of an uninterrupted run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ BLOCK = 32
 
 
 def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield blocks of bytes with the bytes that follow each of them, file by file."""
+    """Yield blocks of bytes as inputs, and the next bytes as targets, file by file."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text = torch.tensor(list(path.read_bytes()))
         for start in range(0, len(text) - BLOCK - 1, BLOCK):
@@ -31,7 +31,7 @@ def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class StopAfter:
-    """A receiver of records that asks its trainer to stop after an epoch."""
+    """A sink that asks its trainer to stop after an epoch."""
 
     trainer: hf.AdaptiveBatchTrainer
 
@@ -39,12 +39,12 @@ class StopAfter:
         self.epoch = epoch
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Ask for the stop when the row of the epoch comes."""
+        """Ask the trainer to stop when the row of the epoch arrives."""
         if record["kind"] == "epoch" and record["epoch"] == self.epoch:
             self.trainer.request_stop()
 
     def close(self) -> None:
-        """Do nothing: there is nothing to close."""
+        """Do nothing, because there is nothing to close."""
 
 
 def trainer(
@@ -70,7 +70,7 @@ def trainer(
 
 
 def main() -> None:
-    """Train, stop, resume, and print whether the weights are those of a run in one piece."""
+    """Train, stop, resume, and print whether the weights equal those of an uninterrupted run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=4096)
     options = parser.parse_args()

@@ -65,7 +65,7 @@ def look(index: int, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     drawn = np.flatnonzero(np.isfinite(np.asarray(values, dtype=float)))
     every = drawn[:: max(1, len(drawn) // _MARKS)]
     mark = marker(index)
-    if len(drawn) == 1 and not mark:  # A line through one value has no length.
+    if len(drawn) == 1 and not mark:  # A line through a single value would be invisible.
         mark = "o"
     return {"color": colour(index), "marker": mark, "markersize": 4, "markevery": every}
 
