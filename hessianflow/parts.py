@@ -99,6 +99,13 @@ def build_parts(config: RunConfig) -> Parts:
                 f"{option(name)} {size} is larger than the {len(train)} training examples of"
                 f" {config.data}"
             )
+    part = -(-len(train) // (config.epoch_parts or 1))
+    for name in ("batch_size", "max_batch_size"):
+        if getattr(config, name) > part:
+            raise HessianFlowError(
+                f"{option(name)} {getattr(config, name)} is larger than the {part} examples of each"
+                f" of the {config.epoch_parts} parts of a pass: lower it, or --epoch-parts"
+            )
     # This is the stream of initialisation; the others have generators of their own.
     torch.manual_seed(config.seed)
     model = _model(config, train, device)

@@ -109,12 +109,13 @@ def innermost(optimizer: Choice) -> Choice:
 def _sizes(config: TrainConfig, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of a run, which bound each other."""
     examples = config.train_examples or sys.maxsize
+    part = -(-examples // (config.epoch_parts or 1))
     batch = config.batch_size or preset["batch_size"]
     cap = config.max_batch_size
     if config.controller.name == "dual-batch":
         cap = max(batch, cap or 1)  # no batch grows, so that any cap holds
     if cap is None:
-        cap = max(min(preset["max_batch_size"], examples), batch)
+        cap = max(min(preset["max_batch_size"], part), batch)
     elif cap < batch:
         raise HessianFlowError(
             f"--max-batch-size {cap} is below the batch size {batch} that {config.data} runs start"

@@ -153,6 +153,7 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
             examples = self._passes.num_examples
         else:
             self._loader_batch = _size_of(data) * trainer.world_size
+            self._check_multiple()
             examples = len(data) * self._loader_batch
             if hasattr(data.dataset, "__len__"):
                 examples = len(data.dataset)
@@ -239,6 +240,17 @@ class AdaptiveBatch(Callback):  # type: ignore[misc]
         self._examples = state_dict["examples"]
         self._generators = state_dict["generators"]
         self._place = state_dict["passes"]
+
+    def _check_multiple(self) -> None:
+        """Refuse a first batch that cannot be accumulated from the batches of a DataLoader."""
+        decision = self._steering.decision
+        if decision is not None and decision.batch_size % self._loader_batch != 0:
+            raise HessianFlowError(
+                f"the controller's first batch size {decision.batch_size} is no multiple of the"
+                f" {self._loader_batch} examples that the DataLoader gives on all ranks: start the"
+                " controller at a multiple, or train on"
+                " hessianflow.integrations.lightning.batches(train_set, batch_size)"
+            )
 
     def _share_out(self, passes: Passes, trainer: Trainer) -> None:
         """Give each rank its part of every batch; Lightning does so only for DataLoaders."""

@@ -75,7 +75,7 @@ class Steering:
 
     def __init__(self, controller: BatchController | None, every: int | None) -> None:
         self.controller = controller
-        self.every = check_optional_count("every", every)
+        self.every = check_optional_count("every, in examples,", every)
         self.decision: Decision | None = None
         if controller is not None:
             self.decision = controller.decision

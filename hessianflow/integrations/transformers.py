@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from hessianflow.batches import num_examples, split
 from hessianflow.data import AdaptiveBatches
@@ -87,6 +88,12 @@ class AdaptiveBatchMixin:
         """Return the training data in batches of changing size, one pass for each iteration."""
         loader = super().get_train_dataloader()  # type: ignore[misc]
         args = self.args  # type: ignore[attr-defined]
+        if isinstance(loader.dataset, IterableDataset):
+            raise HessianFlowError(
+                "AdaptiveTrainer needs a train_dataset with a length and items by index, got a"
+                f" {type(loader.dataset).__name__}: load it whole, or train it with"
+                " hf.AdaptiveBatchTrainer and hf.data.StreamBatches"
+            )
         decision = self._control.steering.decision
         assert decision is not None
         batches = AdaptiveBatches(
@@ -190,6 +197,14 @@ class AdaptiveBatchMixin:
                     f"{name}={value} and the controller both set the batch size: leave {name} out;"
                     " per_device_train_batch_size bounds the examples of a forward pass"
                 )
+        sampler = getattr(args, "train_sampling_strategy", "random")
+        own = type(self)._get_train_sampler  # type: ignore[attr-defined]
+        if sampler != "random" or own is not Trainer._get_train_sampler:
+            raise HessianFlowError(
+                "AdaptiveTrainer draws the examples itself, at random, and would not use"
+                f" train_sampling_strategy={sampler!r} or a _get_train_sampler of your own: leave"
+                " these out, or only measure, with CurvatureCallback"
+            )
 
 
 class AdaptiveTrainer(AdaptiveBatchMixin, Trainer):  # type: ignore[misc]

@@ -95,6 +95,22 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self.steering = Steering(None, every)
         self._is_loaded = False
 
+    def _check_loss(self) -> None:
+        """Refuse to measure the model's own loss where the Trainer trains with another."""
+        trainer = self._trainer
+        others = {
+            "compute_loss_func": trainer.compute_loss_func is not None,
+            "label_smoothing_factor": trainer.args.label_smoothing_factor > 0,
+            "its own compute_loss": type(trainer).compute_loss is not Trainer.compute_loss,
+        }
+        found = [name for name, is_used in others.items() if is_used]
+        if found and self._loss_fn is model_loss:
+            raise HessianFlowError(
+                f"the Trainer trains with {found[0]}, and the readings would be of the model's own"
+                " loss: pass loss_fn=function(model, batch), to AdaptiveTrainer as"
+                ' curvature={"loss_fn": function}'
+            )
+
     @property
     def controller(self) -> BatchController | None:
         """Return the controller that sets the batch size; None if this callback only measures."""
@@ -103,6 +119,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the probe for the model that is trained."""
         del control
+        self._check_loss()
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.global_step and not self._is_loaded and (folder / STATE_FILE).is_file():
             self.load(folder)

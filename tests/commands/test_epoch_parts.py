@@ -58,7 +58,10 @@ def test_the_rate_falls_within_the_pass(tmp_path: Path) -> None:
         (("--epoch-parts", "0"), "epoch"),
         (("--epoch-parts", "2", "--controller", "dual-batch"), "--epoch-parts"),
         (("--epoch-parts", "2", "--resolution", "cyclic"), "--epoch-parts"),
-        (("--epoch-parts", "100", "--batch-size", "8"), "examples of an epoch"),
+        (
+            ("--epoch-parts", "100", "--batch-size", "8"),
+            "parts of a pass: lower it, or --epoch-parts",
+        ),
     ],
 )
 def test_parts_that_cannot_be_counted_are_refused(
