@@ -156,9 +156,9 @@ def critical_rate(
         batch: a pair (inputs, targets) or a dict.
         optimizer: any optimizer that steps without a closure; SAM and Extrapolation are measured
             along the step of their base.
-        form: see the module. "forward" works where `fully_shard` (FSDP2) shards the model, too: all
-            ranks call together, each with its share of the batch or all with the same batch, and
-            get the rate over all examples, along the updates of torch's SGD, Adam, AdamW, RMSprop.
+        form: see the module. "forward" also works if `fully_shard` (FSDP2) shards the model. All
+            ranks then call together, each with its share of the batch or all with the same batch.
+            They get the rate over all examples, along updates of torch's SGD, Adam, AdamW, RMSprop.
         norm_mode: statistics of batch normalisation. The default is that of the function which is
             trained, unlike that of the operators.
         microbatch_size: examples per pass; None for all at once.
