@@ -204,6 +204,12 @@ def test_a_second_part_that_sets_the_batch_size_is_refused(
         fitted(tmp_path, batches(data(), 16), [callback(), *others])
 
 
+def test_a_loader_whose_batches_do_not_fit_the_first_is_refused(tmp_path: Path) -> None:
+    loader = DataLoader(data(), 48)
+    with pytest.raises(HessianFlowError, match="first batch size 16 is no multiple of the 48"):
+        fitted(tmp_path, loader, [callback()])
+
+
 def test_accumulation_by_the_user_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HessianFlowError, match="accumulate_grad_batches=2 and the controller both"):
         fitted(tmp_path, batches(data(), 16), [callback()], accumulate_grad_batches=2)

@@ -55,7 +55,7 @@ def test_two_processes_train_one_model(script: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--standalone", str(FOLDER / script), *options(script)]
     text = output(launch)
-    lines = re.findall(r"batch.*weights -?[\d.]+", text)
+    lines = re.findall(r"batch.*?weights -?[\d.]+", text)
     assert len(lines) == 2
     assert lines[0] == lines[1]
 

@@ -264,6 +264,18 @@ def test_a_second_part_that_sets_the_batch_size_is_refused(tmp_path: Path) -> No
         host.train()
 
 
+def test_what_the_trainer_would_ignore_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HessianFlowError, match="would not use train_sampling_strategy='seq"):
+        trainer(tmp_path, train_sampling_strategy="sequential")
+    host = trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(HessianFlowError, match="the Trainer trains with label_smoothing_factor"):
+        host.train()
+    host = trainer(tmp_path)
+    host.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss
+    with pytest.raises(HessianFlowError, match="the Trainer trains with compute_loss_func"):
+        host.train()
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
     plain = transformers.Trainer(
         bert(),

@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,9 +97,11 @@ def test_the_sink_works_with_wandb_itself_offline(tmp_path: Path) -> None:
     library("wandb")
     written(WandbSink(mode="offline", dir=str(tmp_path), project="p"))
     [log] = tmp_path.rglob("*.wandb")
-    content = log.read_bytes()
-    for name in (b"curvature/eigenvalue", b"eigenvalue fell", b"optimizer"):
-        assert name in content
+    names = (b"curvature/eigenvalue", b"eigenvalue fell", b"optimizer")
+    deadline = time.monotonic() + 60  # A process of its own writes the file.
+    while not all(name in log.read_bytes() for name in names) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [name for name in names if name not in log.read_bytes()] == []
 
 
 @pytest.mark.slow
