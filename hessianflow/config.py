@@ -61,7 +61,7 @@ class TrainConfig:
         data_dir: Folder of the official files of the data set, or of their archive; for text, a
             folder of files, a pattern such as "books/*.txt", or one file.
         train_examples: Training examples to use; default: all.
-        test_examples: Test examples to use; default: all.
+        test_examples: Test examples to use; default: all, but at most 1024 blocks of text.
         loader_workers: Processes that load images from a tree of folders; other data sets are held
             on the device.
         image_size: Side in pixels that images of imagenet and folder are cut to; default: 224, but

@@ -42,6 +42,10 @@ EVALUATION_BATCH = {"cpu": 128}
 """Test examples per forward pass by kind of device, 1000 on any other. This default is our choice:
 the caches of a processor hold no more than 128."""
 
+HELD_OUT_BLOCKS = 1024
+"""Most held-out blocks of text that are evaluated by default, so that this takes less time than
+training. Our choice."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -252,6 +256,8 @@ def _read(config: RunConfig, part: Literal["train", "test"]) -> ImageSet | Image
     count = config.train_examples
     if part == "test":
         count = config.test_examples
+        if count is None and isinstance(images, TextSet):
+            count = min(HELD_OUT_BLOCKS, len(images))
     if count is None:
         return images
     if count > len(images):

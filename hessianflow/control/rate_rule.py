@@ -8,7 +8,6 @@ from hessianflow.control.lr_scaling import LRRule, lr_factor
 from hessianflow.interfaces.control import (
     NO_SIGNALS,
     BatchController,
-    Capped,
     CurvatureReading,
     Decision,
     ForgetsReference,
@@ -41,13 +40,6 @@ class RateRule:
     def needs(self) -> frozenset[str]:
         """Name the signals that the controller wants."""
         return self.controller.needs
-
-    @property
-    def max_batch_size(self) -> int:
-        """Return the cap of the controller; one without a cap may ask for any size."""
-        if isinstance(self.controller, Capped):
-            return self.controller.max_batch_size
-        return self.controller.decision.batch_size
 
     @property
     def decision(self) -> Decision:

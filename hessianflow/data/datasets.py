@@ -263,9 +263,6 @@ SMALL_IMAGES: Mapping[str, Any] = {
     "channels_last": True,
 }
 """The published ABSA settings for residual networks on CIFAR; our choice for other images."""
-TEXT_TEST_EXAMPLES = 1024
-"""Most held-out blocks that are evaluated, so that this takes less time than training. This default
-is our choice."""
 TEXT = Preset(
     {
         "model": "gpt-tiny",
@@ -274,7 +271,6 @@ TEXT = Preset(
         "epochs": 4,
         "lr": 0.3,
         "block_length": BLOCK_LENGTH,
-        "test_examples": TEXT_TEST_EXAMPLES,
         "probe_examples": 16,
         "curvature_budget": 0.01,
         "precision": "auto",

@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         num_classes: Number of different tokens.
     """
 
-    frequencies: Tensor
+    pairs: Tensor
 
     def __init__(self, shape: DecoderShape, num_classes: int = 256) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, num_classes, bias=False)
         half = shape.width // shape.heads // 2
-        frequencies = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        # Whole numbers, which a cast of the module to 16 bits leaves alone.
+        self.register_buffer("pairs", torch.arange(half), persistent=False)
         self._initialise(shape.layers)
 
     def _initialise(self, layers: int) -> None:
@@ -127,14 +127,18 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=(terms * module.in_features) ** -0.5)
         nn.init.normal_(self.head.weight, std=HEAD_DEVIATION)
 
+    def frequencies(self) -> Tensor:
+        """Return the angle by which each pair of features turns per position, float64."""
+        return ROTARY_BASE ** (-self.pairs.double() / self.pairs.shape[0])
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the scores [B, num_classes, T]."""
         # Positions are counted, because torch.fx could not trace the length of an arange.
         positions = torch.ones_like(tokens[0]).cumsum(0) - 1
-        angles = positions[:, None] * self.frequencies
-        cosine = angles.cos()
-        sine = angles.sin()
+        angles = positions[:, None] * self.frequencies()
         stream = self.embedding(tokens)
+        cosine = angles.cos().to(stream.dtype)
+        sine = angles.sin().to(stream.dtype)
         for block in self.blocks:
             stream = block(stream, cosine, sine)
         scores: Tensor = self.head(self.norm(stream))

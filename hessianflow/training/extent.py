@@ -203,7 +203,7 @@ class Extent:
         if data_ended or now.read >= self.num_examples:
             now = now.next_pass()
         # If the run ends within an epoch, that epoch is shorter and counts as well.
-        if self._ends_epoch(now) or self.is_over(now):
+        if self._ends_epoch(now, examples) or self.is_over(now):
             now = now.next_epoch()
         return now
 
@@ -214,14 +214,15 @@ class Extent:
             now = now.next_epoch()
         return now
 
-    def _ends_epoch(self, now: Position) -> bool:
-        """Return whether the update that led to `now` was the last one of its epoch."""
+    def _ends_epoch(self, now: Position, examples: int) -> bool:
+        """Return whether the update on `examples` that led to `now` was the last of its epoch."""
         if self.every is None:
             return now.read == 0
         if self.every.updates is not None:
             return now.steps >= self.every.updates
         # Epochs end at multiples, so that batches that reach beyond one do not add up to a drift.
-        return now.examples // self.examples_per_epoch > now.epoch
+        length = self.examples_per_epoch
+        return now.examples // length > (now.examples - examples) // length
 
     def is_over(self, position: Position) -> bool:
         """Return whether the run has reached one of its limits."""

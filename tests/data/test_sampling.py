@@ -233,7 +233,8 @@ class Counted(Endless):
 @pytest.mark.parametrize("kind", [Endless, Counted])
 def test_an_iterable_data_set_is_refused_with_a_length_or_without(kind: type[Endless]) -> None:
     with pytest.raises(
-        HessianFlowError, match=rf"dataset must be map-style, .* got {kind.__name__}: an iterable"
+        HessianFlowError,
+        match=rf"map-style, .* got {kind.__name__}: use hf.data.StreamBatches for an iterable",
     ):
         AdaptiveBatches(kind(), 2)
 

@@ -46,7 +46,7 @@ def test_cross_entropy_takes_the_scores_of_sequences_of_any_length() -> None:
 def test_a_pair_is_turned_by_its_position_times_its_frequency() -> None:
     """The angle of pair i of a head of 2 * half numbers at position t is t * 10000^(-i / half)."""
     half, length = 4, 6
-    frequencies = decoder(DecoderShape(1, 2 * half, 1)).frequencies
+    frequencies = decoder(DecoderShape(1, 2 * half, 1)).frequencies()
     heads = torch.randn(1, 1, length, 2 * half, dtype=torch.float64)
     angles = torch.arange(length)[:, None] * frequencies
     found = rotated(heads, angles.cos(), angles.sin())
@@ -55,9 +55,16 @@ def test_a_pair_is_turned_by_its_position_times_its_frequency() -> None:
             pair = complex(float(heads[0, 0, t, i]), float(heads[0, 0, t, i + half]))
             angle = t * 10_000 ** (-i / half)
             turned = pair * complex(math.cos(angle), math.sin(angle))
-            # The frequencies are kept in float32.
-            assert float(found[0, 0, t, i]) == pytest.approx(turned.real, abs=1e-6)
-            assert float(found[0, 0, t, i + half]) == pytest.approx(turned.imag, abs=1e-6)
+            assert float(found[0, 0, t, i]) == pytest.approx(turned.real, abs=1e-12)
+            assert float(found[0, 0, t, i + half]) == pytest.approx(turned.imag, abs=1e-12)
+
+
+def test_a_cast_to_16_bits_leaves_the_angles_alone() -> None:
+    model = decoder()
+    before = model.frequencies()
+    model.bfloat16()
+    assert torch.equal(model.frequencies(), before)
+    assert model(tokens(2, 300)).dtype == torch.bfloat16
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,7 +77,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_the_decoder_equals_a_forward_pass_written_out() -> None:
     model = decoder()
     inputs = tokens(3, 8)
-    angles = torch.arange(8)[:, None] * model.frequencies
+    angles = torch.arange(8)[:, None] * model.frequencies()
     stream = model.embedding.weight[inputs]
 
     def normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:

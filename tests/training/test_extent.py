@@ -86,6 +86,15 @@ def test_epochs_and_the_end_of_a_run(
     assert trainer.summary()["status"] == "finished"
 
 
+def test_a_batch_that_spans_several_epochs_ends_one_and_leaves_no_backlog() -> None:
+    extent = Extent(1000, max_examples=320, every=Every(examples=32))
+    position = Position()
+    for examples in (80, 80, 8, 8, 8, 8):
+        position = extent.after(position, examples)
+    # 80 and 160 pass multiples of 32, as do 192 = 160 + 4 * 8 and no update before it.
+    assert (position.epoch, position.examples) == (3, 192)
+
+
 @pytest.mark.parametrize(
     ("extent", "total"),
     [
