@@ -7,8 +7,9 @@ from typing import Any
 
 from hessianflow.bounds import user_path
 from hessianflow.config import CHOSEN, RunConfig, TrainConfig, chosen
-from hessianflow.data.datasets import FILE_SIDE, Preset, data_set
+from hessianflow.data.datasets import FILE_SIDE, data_set
 from hessianflow.data.image_files import training_images, usual_side
+from hessianflow.data.presets import Preset
 from hessianflow.effects import check_resolved
 from hessianflow.facts import RunFacts
 from hessianflow.interfaces import HessianFlowError

@@ -32,6 +32,7 @@ from hessianflow.data import AdaptiveBatches
 from hessianflow.interfaces import UNKNOWN, Batch, BatchController, Progress
 from hessianflow.optim import GradientMoments
 from hessianflow.training import Every, Passes, Reporting, Schedule
+from hessianflow.training.course import Course
 from hessianflow.training.extent import Extent, Position
 
 N = 100
@@ -349,3 +350,13 @@ def test_a_schedule_that_takes_a_step_per_update() -> None:
     ).fit()
     assert scheduler.last_epoch == 5
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_counters_of_an_older_checkpoint_count_passes_as_epochs() -> None:
+    """Epochs were passes then: with 2 of 3 completed, one is left, of which 40 were read."""
+    course = Course(Extent(100, passes=3))
+    course.load_state_dict({"examples": 240, "updates": 31, "epoch": 2, "place": 40, "settled": 31})
+    assert not course.is_over
+    course.count(60, data_ended=False)
+    assert course.is_over
+    assert course.counters.epoch == 3
